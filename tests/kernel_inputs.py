@@ -39,9 +39,5 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
-    exact = (
-        packed.scheme.weight.name in ("f16", "f32")
-        or packed.scheme.outliers is not None
-        or packed.kernel.computes == "f32 copy"
-    )
+    exact = packed.scheme.weight.name in ("f16", "f32") or packed.kernel.computes == "f32 copy"
     return x.double() if exact else x.bfloat16().double()

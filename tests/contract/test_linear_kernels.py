@@ -19,7 +19,7 @@ import torch
 
 from gguf_blocks import NAMES, random_blocks, tensor_of
 from guard_page import at_guard_page, rows_at_guard_page
-from kernel_inputs import in_words, seen_by
+from kernel_inputs import ROUNDS_INPUTS, in_words, seen_by
 from lowbit.errors import LowbitError
 from lowbit.kernels import (
     LinearKernel,
@@ -566,6 +566,20 @@ def multiplied(weight: QuantizedTensor) -> torch.Tensor:
     return normal_form(replace(weight, scheme=replace(weight.scheme, weight=values))).double()
 
 
+def unrounded(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64: weights beside outliers as no float16 arithmetic has rounded them, and the outliers."""
+    assert weight.outliers is not None
+    bare = replace(weight, scheme=replace(weight.scheme, outliers=None), outliers=None, column_order=None)
+    zeros, scales = bare._spread(bare.zeros, 0).double(), bare._spread(bare.scales[0], 0).double()
+    codes, outliers = (bare.codes.double() - zeros) * scales, torch.zeros(weight.shape).double()
+    values = weight.outliers.values(number_format("f16"))
+    outliers[weight.outliers.rows, weight.outliers.columns] = values.double()
+    order = weight.column_order
+    if order is None:
+        return codes, outliers
+    return torch.empty_like(codes).index_copy_(1, order, codes), outliers.index_copy(1, order, outliers)
+
+
 def rounded_of_row_vectors(weight: QuantizedTensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x takes over the columns' scales, and is rounded in the tiles of outliers and of each book."""
     layout, columns = weight.scheme.weight.vectors, weight.shape[1]
@@ -601,6 +615,10 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
         largest = (seen.abs() @ numbers.abs().T).unflatten(1, (-1, BLOCK)).norm(dim=-1, keepdim=True)
         scale = largest.expand(whole.shape).flatten(1) * outputs.double().abs()
         return (whole.flatten(1) * outputs.double())[:, own], scale[:, own]
+    if weight.outliers is not None and packed.kernel.name == "cpu_blocks":
+        (codes, outliers), seen = unrounded(weight), seen_by(packed, x)
+        expected = seen @ codes.T + x.double() @ outliers.T
+        return expected, seen.abs() @ codes.abs().T + x.abs().double() @ outliers.abs().T
     if not isinstance(packed, ColumnsWeight):
         exact = normal_form(weight).double() if packed.kernel.name == "reference" else multiplied(weight)
         seen = seen_by(packed, x)
@@ -1094,33 +1112,21 @@ def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str
 
 @needs_native
 @pytest.mark.parametrize("shape", [(37, 256), (64, 272), (5, 16)])
-def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) -> None:
-    """Bit by bit as the matrix decoded from them, for any number of tokens."""
+def test_weights_with_outliers_are_the_float16_ones_but_for_their_roundings(shape: tuple[int, int]) -> None:
+    """2^-11 of each result on the way to a weight, which is at most three, and as much of the least normal one."""
     weight = with_outliers(shape, 0.05)
-    plain = weight.decoded(weight.scheme.decoded)
-    assert plain.scheme == dense("f16") and torch.equal(plain.codes.float(), weight.dequantize())
-    subnormal = (plain.codes != 0) & (plain.codes.abs() < 2.0**-14)
-    assert subnormal.any() or shape == (5, 16)
-    packed, other = CpuBlocks().pack(weight, CPU), CpuDense().pack(plain, CPU)
-    for tokens in (1, 2, 5, 16, 130):
-        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
-        assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
-
-
-@needs_native
-def test_every_zero_point_is_subtracted_as_float16_does() -> None:
-    """All finite ones from each of 8 codes, under scales of all mantissas: as the matrix made of them."""
-    shape = (992, 1024)
-    weight = with_outliers(shape, 0.0)
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    zeros = every[every.isfinite()].view(992, 64)
-    scales = every[0x1000:0x3C00].repeat(6)[: zeros.numel()].view(992, 64)  # 2^-11 to 1
-    codes = (torch.arange(shape[1]) % 8).to(torch.uint8).repeat(shape[0], 1)
-    weight = replace(weight, codes=codes, scales=(scales,), zeros=zeros)
-    plain = weight.decoded(weight.scheme.decoded)
-    x = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1))
-    packed, other = CpuBlocks().pack(weight, CPU), CpuDense().pack(plain, CPU)
-    assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
+    codes, outliers = unrounded(weight)
+    defined = weight.dequantize().double()
+    largest = 2 * codes.abs() + (codes + outliers).abs()
+    assert torch.equal(defined.half().double(), defined)
+    assert ((codes + outliers - defined).abs() <= 2.0**-11 * largest + 2.0**-24).all()
+    assert not torch.equal(codes + outliers, defined)
+    packed = CpuBlocks().pack(weight, CPU)
+    assert torch.equal(packed.kernel.rows(packed, torch.arange(shape[0])).double(), defined)
+    x = torch.randn(130, shape[1], generator=torch.Generator().manual_seed(1))
+    found = packed.kernel.linear(x, packed).double()
+    limit = (2.0**-8 if ROUNDS_INPUTS else 2.0**-10) * (x.abs().double() @ largest.T)
+    assert ((found - x.double() @ defined.T).abs() <= limit).all()
 
 
 def test_outliers_are_added_to_rounded_weights() -> None:
@@ -1160,14 +1166,19 @@ def test_damaged_outliers_are_refused() -> None:
     falling = starts.clone()
     falling[1] = falling[2] + 1
     for damaged in (starts[:-1], starts + 1, starts.long(), falling):
-        assert "no outliers of 4 tiles" in refused(outlier_starts=damaged)
-    assert "no outliers of 4 tiles" in refused(outliers=entries[:-1])
-    for at, place in ((0, 512), (0, 0xFFFF), (-1, 4), (-1, 16 * 16)):  # rows 20 on, columns 48 on
+        assert "no outliers of 20 rows" in refused(outlier_starts=damaged)
+    assert "no outliers of 20 rows" in refused(outliers=entries[:-1])
+    for at, column in ((0, 48), (-1, 0xFFFF)):
         outside = entries.clone()
-        outside[at] = place
+        outside[at] = column
         assert "an outlier outside 20 x 48" in refused(outliers=outside)
+    [row, *_] = (starts.diff() > 1).nonzero().flatten().tolist()
+    for first in (entries[starts[row] + 1], entries[starts[row] + 1] + 1):  # twice, and falling
+        moved = entries.clone()
+        moved[starts[row]] = first
+        assert "a row's outliers are in no ascending columns" in refused(outliers=moved)
     without = {name: buffer for name, buffer in packed.buffers.items() if name != "outliers"}
-    with pytest.raises(ValueError, match="no outliers of 4 tiles"):
+    with pytest.raises(ValueError, match="no outliers of 20 rows"):
         packed.kernel.restore(packed.scheme, packed.shape, without, "test")
 
 

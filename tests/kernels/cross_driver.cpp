@@ -122,6 +122,7 @@ struct Case {
     Scales scales;
     Addend addend;
     int table;  // 0: whole numbers in a line, 1: other whole numbers, 2: any
+    bool outliers = false;
 };
 
 // A weight's rows in two groups, of 24 and 8 rows that lie apart, with scales and zero points of x's columns.
@@ -206,11 +207,9 @@ void linear(const Case& c) {
     } stored;
     std::uint16_t* const table = stored.values;
     const bool eights = is_grid(c.codes) && grid_of(c.codes).numbers == 8;
-    const bool threes = eights || c.codes == Codes::halves3;
-    const int entries = c.codes <= Codes::bits6 ? 1 << static_cast<int>(c.codes) : threes ? 8 : is_grid(c.codes) ? 32 : 64;
+    const int entries = c.codes <= Codes::bits6 ? 1 << static_cast<int>(c.codes) : eights ? 8 : is_grid(c.codes) ? 32 : 64;
     for (int i = 0; i < 64; ++i) {
-        const int first = c.codes == Codes::halves3 ? 0 : -8;  // AVX-512 reads no table for those
-        const float value = c.table == 0 ? static_cast<float>(i + first) : c.table == 1 ? static_cast<float>(i * i - 100) : random_float();
+        const float value = c.table == 0 ? static_cast<float>(i - 8) : c.table == 1 ? static_cast<float>(i * i - 100) : random_float();
         table[i] = i < entries ? float_to_bfloat(value) : table[i % entries];  // short tables repeat
     }
     const unsigned numbers = is_grid(c.codes) && !eights ? 0x77 : 0xFF;  // of 3 bits, a nibble each
@@ -243,7 +242,7 @@ void linear(const Case& c) {
         const Scales like = c.codes == Codes::f32 ? Scales::f32 : c.codes == Codes::f16 ? Scales::f16 : Scales::bf16;
         codes = scale_bytes(ROWS_OUT * columns, like, 0.5f);
     } else {
-        const int bits = c.codes == Codes::words4 ? 4 : threes ? 3 : is_grid(c.codes) ? 4 : std::min(static_cast<int>(c.codes), 8);
+        const int bits = c.codes == Codes::words4 ? 4 : eights ? 3 : is_grid(c.codes) ? 4 : std::min(static_cast<int>(c.codes), 8);
         codes = octets(ROWS_OUT * columns, 1 << bits);
         for (std::uint8_t& code : codes) {  // neither NaN nor infinite
             if (is_byte_float(c.codes) && (code % 128 > 122 || code == 128)) code = 1;
@@ -267,18 +266,18 @@ void linear(const Case& c) {
     weight.data = data;
     Octets kept(data, data + bytes);
     put(std::string(name) + " packed", kept);
-    // Three outliers a tile, in its first rows and columns, which are there in the last one, too.
+    // Three outliers a row, in its first tile and the last column.
     std::vector<std::int32_t> starts{0};
     std::vector<std::uint32_t> outliers;
-    for (std::int64_t tile = 0; tile < (ROWS_OUT + 15) / 16 * padded / 32; ++tile) {
-        for (std::uint32_t i = 0; i < 3; ++i) {
-            outliers.push_back(static_cast<std::uint32_t>(float_to_half(random_float())) << 16 | (5 * i % 8) * 16 | (random_bits() % 8));
+    for (std::int64_t row = 0; row < ROWS_OUT; ++row) {
+        for (const std::int64_t column : {row % 7, 7 + row % 20, columns - 1}) {
+            outliers.push_back(static_cast<std::uint32_t>(float_to_half(random_float())) << 16 | static_cast<std::uint32_t>(column));
         }
         starts.push_back(static_cast<std::int32_t>(outliers.size()));
     }
-    weight.outlier_starts = starts.data();
+    weight.outlier_starts = c.outliers ? starts.data() : nullptr;
     weight.outliers = outliers.data();
-    multiply(weight, columns, name);
+    multiply(weight, columns, c.outliers ? std::string(name) + " outliers" : name);
 }
 
 // Sums of codebooks' vectors: a block's scales, then indices of any tile.
@@ -450,7 +449,7 @@ void all_linear() {
     linear({Codes::bits2, 16, Scales::nibbles, Addend::offset, 0});
     linear({Codes::bf16, 32, Scales::none, Addend::none, 0});
     linear({Codes::f16, 32, Scales::none, Addend::none, 0});
-    linear({Codes::halves3, 16, Scales::f16, Addend::zero, 0});
+    linear({Codes::bits3, 16, Scales::f16, Addend::zero, 0, true});
     linear({Codes::f32, 32, Scales::none, Addend::none, 0});
     vectors(1, 16, 8, Scales::f16);
     vectors(2, 8, 8, Scales::bf16);

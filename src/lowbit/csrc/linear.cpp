@@ -8,6 +8,7 @@
 #include "linear_products.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "amx_tiles.h"
 #include "linear_columns.h"
 #include "linear_kernels.h"
+#include "linear_outliers.h"
 #include "linear_row_vectors.h"
 #include "lowbit.h"
 #include "operations.h"
@@ -40,6 +42,10 @@ struct Prepared {
         blocks = gated ? layout.blocks / 2 : layout.blocks;
         has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
         product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
+        if (layout.outliers && round == nullptr) {
+            const std::int64_t lanes = from.tokens == 1 ? 1 : (from.tokens + ROWS - 1) / ROWS * ROWS;
+            unrounded_size = (lanes * layout.tiles * COLUMNS * static_cast<std::int64_t>(sizeof(float)) + 63) / 64 * 64;
+        }
     }
 
     // The kernel, and what it makes of x that comes as ``kind``.
@@ -137,6 +143,11 @@ struct Prepared {
     int tokens_of(std::int64_t tile) const {
         return static_cast<int>(std::min<std::int64_t>(tile_tokens, product->tokens - tile * tile_tokens));
     }
+    // Of ``unrounded``, places of token tile ``tile``; whole registers of tokens, or one token.
+    int lanes_of(std::int64_t tile) const {
+        return product->tokens == 1 ? 1 : (tokens_of(tile) + ROWS - 1) / ROWS * ROWS;
+    }
+    float* unrounded_of(std::int64_t tile) const { return unrounded + tile * tile_tokens * layout.tiles * COLUMNS; }
     std::int64_t bytes() const { return bytes(product->tokens); }
     std::int64_t bytes(std::int64_t tokens) const {
         const std::int64_t numbers = shape.spans() * (shape.based() ? 2 : 1) + (scaled ? shape.scales() : 0);
@@ -172,6 +183,8 @@ struct Prepared {
     bool has_factors = false;
     std::int64_t product_size = 0;      // bytes of the products that rows look up; 0: they multiply
     std::uint8_t* products = nullptr;
+    std::int64_t unrounded_size = 0;    // bytes of x as outliers meet it; 0: there are none
+    float* unrounded = nullptr;         // token tile by token tile: (column, token)
     float* factors = nullptr;  // (tokens,)
     float* offsets = nullptr;  // (tokens,): what all rows of a weight of row vectors have in common
     std::int64_t blocks = 0;   // of the result
@@ -202,6 +215,17 @@ const float* changed_row(const Prepared& p, std::int64_t token, float (*staged)[
     return row;
 }
 
+// A token's x as outliers meet it, and zeros behind the last one of a token tile.
+void lay_out_unrounded(const Prepared& p, const float* row, std::int64_t tile, int place) {
+    float* const to = p.unrounded_of(tile);
+    const int lanes = p.lanes_of(tile), last = place + 1 == p.tokens_of(tile) ? lanes : place + 1;
+    for (std::int64_t column = 0; column < p.shape.columns; ++column) {
+        float* const lane = to + column * lanes;
+        lane[place] = row[column];
+        for (int padding = place + 1; padding < last; ++padding) lane[padding] = 0.0f;
+    }
+}
+
 void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
     float staged[2][MOST_LAYER_COLUMNS];  // of which a layer touches what it needs
     static thread_local std::vector<float> codes, scales, taken;
@@ -220,6 +244,7 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
             p.offsets[token] = take_columns(*weight.row_vectors, row, p.shape.columns, taken.data());
             row = taken.data();
         }
+        if (p.unrounded_size != 0) lay_out_unrounded(p, row, tile, place);
         if (quantized) {
             quantize_row(*weight.quantizer, row, p.shape.columns, codes.data(), scales.data());
             row = codes.data();
@@ -237,8 +262,48 @@ inline std::int64_t place_of(const Prepared& p, const Input& input, int i) {
     return static_cast<std::int64_t>(i) * (p.tiles != nullptr ? TOKEN_TILE : input.tokens);
 }
 
-// The products of some blocks that follow each other, from nothing. ``out``: where those of the first will go, or null.
-void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input input, float* out, Totals& totals) {
+inline float add(float a, float b) { return a + b; }
+// A row's outliers times x: times(outlier, sum) adds a product. Every other one has another sum, as a product waits for the
+// one before.
+template <class Sum, class Times>
+INLINE Sum outlier_sum(RowOutliers outliers, Sum zero, const Times& times) {
+    Sum sums[2] = {zero, zero};
+    for (; outliers.at + 2 <= outliers.end; outliers.at += 2) {
+        sums[0] = times(outliers.at[0], sums[0]);
+        sums[1] = times(outliers.at[1], sums[1]);
+    }
+    if (outliers.at < outliers.end) sums[0] = times(outliers.at[0], sums[0]);
+    return add(sums[0], sums[1]);
+}
+
+// A block's outliers times x of token tile ``tile``. A sum is made in one order, whatever the tokens.
+void add_outliers(const Prepared& p, std::int64_t block, std::int64_t tile, int tokens, float (*totals)[ROWS]) {
+    const lowbit_weight& weight = *p.product->weight;
+    const int lanes = p.lanes_of(tile), rows = static_cast<int>(std::min<std::int64_t>(ROWS, weight.rows - block * ROWS));
+    const float* const x = p.unrounded_of(tile);
+    for (int row = 0; row < rows; ++row) {
+        const RowOutliers outliers(weight, block * ROWS + row);
+        if (lanes == 1) {
+            totals[0][row] += outlier_sum(outliers, 0.0f, [&](std::uint32_t outlier, float sum) __attribute__((always_inline)) {
+                return std::fma(outlier_number(outlier), x[outlier_column(outlier)], sum);
+            });
+            continue;
+        }
+        for (int token = 0; token < tokens; token += LANES) {
+            const auto times = [&](std::uint32_t outlier, Vector16 sum) __attribute__((always_inline)) {
+                return fma(broadcast(outlier_number(outlier)), load(x + outlier_column(outlier) * lanes + token), sum);
+            };
+            alignas(64) float sums[LANES];
+            store(sums, outlier_sum(outliers, zeros(), times));
+            for (int t = 0; t < LANES && token + t < tokens; ++t) totals[token + t][row] += sums[t];
+        }
+    }
+}
+
+// The products of some blocks that follow each other with token tile ``tile``, from nothing. ``out``: where those of the first
+// will go, or null.
+void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, std::int64_t tile, Input input, float* out,
+                     Totals& totals) {
     const std::uint8_t* const at = p.product->weight->data + first * p.layout.block_bytes;
     if (p.product_size != 0) return look_up_products(p.layout, at, blocks, input, p.products, totals);
     for (int i = 0; i < blocks; ++i) {
@@ -251,6 +316,9 @@ void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input in
     if (p.tiles != nullptr) {
         input.out = out;
         p.tiles(p.layout, at, blocks, p.decoding, input, reinterpret_cast<float(*)[TOKEN_TILE][ROWS]>(totals));
+    }
+    for (int i = 0; i < blocks && p.unrounded_size != 0; ++i) {
+        add_outliers(p, first + i, tile, input.tokens, totals + place_of(p, input, i));
     }
 }
 
@@ -300,9 +368,9 @@ void run_task(const Prepared& p, std::int64_t task) {
     int blocks = 1;
     for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
         blocks = static_cast<int>(std::min(together, last - block));
-        if (p.gated) multiply_blocks(p, p.blocks + block, blocks, input, nullptr, partners);
+        if (p.gated) multiply_blocks(p, p.blocks + block, blocks, tile, input, nullptr, partners);
         float* const out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * p.layout.height;
-        multiply_blocks(p, block, blocks, input, out, totals);
+        multiply_blocks(p, block, blocks, tile, input, out, totals);
         for (int i = 0; i < blocks; ++i) write(block + i, i);
     }
 }
@@ -463,7 +531,7 @@ void run_columns(const Prepared& p, const lowbit_column_weight& w, std::int64_t 
     int blocks = 1;
     for (std::int64_t block = first_block; block < last_block; block += blocks) {
         blocks = static_cast<int>(std::min(together, last_block - block));
-        multiply_blocks(p, block, blocks, input, nullptr, totals);
+        multiply_blocks(p, block, blocks, 0, input, nullptr, totals);
         for (int i = 0; i < blocks; ++i) {
             const std::int64_t row = w.first_row[group] + (block + i - w.first_block[group]) * ROWS;
             const int lanes = static_cast<int>(std::min<std::int64_t>(ROWS, w.first_row[group + 1] - row));
@@ -545,7 +613,7 @@ struct Call {
             groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
             units += p.blocks * p.token_tiles;
             tokens += p.product->tokens;
-            bytes += (p.bytes() + 63) / 64 * 64 + p.product_size;
+            bytes += (p.bytes() + 63) / 64 * 64 + p.product_size + p.unrounded_size;
         }
     }
 
@@ -562,6 +630,8 @@ struct Call {
             at += (p.bytes() + 63) / 64 * 64;
             p.products = at;
             at += p.product_size;
+            p.unrounded = reinterpret_cast<float*>(at);
+            at += p.unrounded_size;
             p.factors = factor;
             p.offsets = factor + p.product->tokens;
             factor += 2 * p.product->tokens;

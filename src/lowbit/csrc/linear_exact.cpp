@@ -2,7 +2,6 @@
 //
 // A tile is decoded once and multiplied with every token; totals stay in L1.
 
-#include "linear_halves.h"
 #include "linear_kernels.h"
 
 namespace lowbit {
@@ -258,34 +257,6 @@ void multiply_float_block(const Layout& layout, const std::uint8_t* block, const
     }
 }
 
-// What becomes floats, tile by tile in memory. A tile is multiplied when the next one is made: outliers are put into it one
-// by one, and what was just written is not yet to be had in whole registers.
-void multiply_halves(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
-                     float (*totals)[ROWS]) {
-    constexpr Codes CODES = Codes::halves3;
-    alignas(64) std::uint16_t halves[2][ROWS * COLUMNS];
-    const std::int64_t number = (block - decoding.weight->data) / layout.block_bytes * layout.tiles;
-    Walk walk(layout, block);
-    for (std::int64_t tile = 0; tile <= layout.tiles; ++tile) {
-        if (tile < layout.tiles) {
-            const std::uint8_t* const codes = walk.next<CODES, 16, Addend::zero>();
-            if (x.tokens >= FETCHING_TOKENS) {
-                fetch_ahead<tile_bytes(CODES)>(codes);
-                fetch_results(x, tile, layout.tiles);
-            }
-            std::uint16_t* const to = halves[tile % 2];
-            decode_halves(codes, decoding.table, walk, to);
-            each_outlier(*decoding.weight, number + tile, [&](std::uint32_t place, float outlier) {
-                to[place] = float_to_half(half_to_float(to[place]) + outlier);
-            });
-        }
-        if (tile > 0) {
-            const auto* const made = reinterpret_cast<const std::uint8_t*>(halves[(tile + 1) % 2]);
-            multiply_float_tile<Codes::f16, false>(made, nullptr, x, tile - 1, totals);
-        }
-    }
-}
-
 template <Codes CODES, int SUB>
 BlockFunction by_addend(Addend addend) {
     switch (addend) {
@@ -392,7 +363,6 @@ BlockFunction exact_function(const Layout& layout) {
 #endif
         case Codes::f16: return multiply_float_block<Codes::f16, false>;
         case Codes::f32: return multiply_float_block<Codes::f32, false>;
-        case Codes::halves3: return multiply_halves;
         default: return nullptr;
     }
 }

@@ -37,8 +37,8 @@ struct lowbit_weight {
     std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
     const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
     const lowbit_row_vectors* row_vectors;     // of such codes
-    // Of halves3: (blocks * tiles + 1,), where each tile's outliers begin among all; and these, 16 * column + row of the
-    // tile in the low half, float16 in the high one.
+    // Numbers added to some weights (SpQR); or null. (rows + 1,): where each row's begin among all. And these, in ascending
+    // columns: the stored column in the low half, float16 in the high one.
     const std::int32_t* outlier_starts;
     const std::uint32_t* outliers;
 };
@@ -91,7 +91,8 @@ struct Layout {
           tiles(w.columns / COLUMNS),
           blocks((w.rows + ROWS - 1) / ROWS),
           sub(w.group < COLUMNS ? w.group : COLUMNS),
-          factor(w.factor) {
+          factor(w.factor),
+          outliers(w.outlier_starts != nullptr) {
         const bool byte_scales = scales == Scales::two_level || scales == Scales::e4m3;
         const bool nibbles = scales == Scales::nibbles || scales == Scales::odd_nibbles;
         scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : byte_scales ? 16 : nibbles ? 8 : 32;
@@ -116,6 +117,7 @@ struct Layout {
     std::int64_t tiles, blocks;
     int sub;                      // columns summed before a scale is applied
     float factor;                 // of all scales
+    bool outliers;                // beside bits3 under scales and zero points of 16 columns
     std::int64_t scale_bytes, addend_bytes, super_bytes;
     std::int64_t unit;            // columns whose headers stand together, before their tiles
     std::int64_t headers;

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "linear_halves.h"
 #include "linear_layout.h"
+#include "linear_outliers.h"
 #include "linear_row_vectors.h"
 #include "linear_trellis.h"
 #include "linear_vectors.h"
@@ -17,6 +17,7 @@ namespace {
 
 // Whether some kernel multiplies such a weight.
 bool known(const Layout& layout) {
+    if (layout.outliers && !takes_outliers(layout)) return false;
     if (layout.sub == LEAST_GROUP) {
         const bool here = layout.codes == Codes::bits2 || layout.codes == Codes::bits3 || layout.codes == Codes::bits4;
         if (is_byte_float(layout.codes)) return layout.addend == Addend::none;
@@ -51,7 +52,6 @@ bool known(const Layout& layout) {
         case Codes::f16:
         case Codes::f32:
         case Codes::row_vectors: return true;
-        case Codes::halves3: return layout.sub == 16 && layout.scales == Scales::f16 && layout.addend == Addend::zero;
     }
     return false;
 }
@@ -107,12 +107,12 @@ float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* t
     }
 }
 
-// One row of the weight in float32: (code [- zero]) * scale [+ offset] [+ outlier], as QuantizedTensor.dequantize has it.
+// One row of the weight in float32: (code [- zero]) * scale [+ offset] [+ outlier], as QuantizedTensor.dequantize has it; with
+// outliers every result is rounded to float16.
 void dequantize_row(const lowbit_weight& weight, const Layout& layout, std::int64_t row, std::int64_t columns, float* out) {
     Walk walk(layout, weight.data + row / ROWS * layout.block_bytes);
     const int lane = static_cast<int>(row % ROWS);
-    const bool halves = layout.codes == Codes::halves3;
-    const auto rounded = [&](float value) { return halves ? half_to_float(float_to_half(value)) : value; };
+    const auto rounded = [&](float value) { return layout.outliers ? half_to_float(float_to_half(value)) : value; };
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next();
         float scale[COLUMNS / LEAST_GROUP][ROWS], addend[COLUMNS / LEAST_GROUP][ROWS];
@@ -129,11 +129,11 @@ void dequantize_row(const lowbit_weight& weight, const Layout& layout, std::int6
             if (layout.addend == Addend::offset) value += addend[part][lane];
             out[tile * COLUMNS + column] = value;
         }
-        if (!halves) continue;
-        each_outlier(weight, row / ROWS * layout.tiles + tile, [&](std::uint32_t place, float outlier) {
-            float& value = out[tile * COLUMNS + place / ROWS];
-            if (static_cast<int>(place % ROWS) == lane) value = rounded(value + outlier);
-        });
+    }
+    if (!layout.outliers) return;
+    for (RowOutliers outliers(weight, row); outliers.at < outliers.end; ++outliers.at) {
+        float& value = out[outlier_column(*outliers.at)];
+        value = rounded(value + outlier_number(*outliers.at));
     }
 }
 

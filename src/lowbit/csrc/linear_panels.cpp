@@ -9,7 +9,7 @@
 // one by one the rounding would cost more than it saves: whose a row is decides, never how many there are.
 #include "linear_rounded.h"
 
-#include "linear_halves.h"
+#include "linear_outliers.h"
 
 #if defined(__AVX2__)
 
@@ -38,6 +38,17 @@ void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& 
 }
 
 #endif
+
+// The columns of a pair.
+INLINE void columns_of(const BfloatTile& w, int pair, Sixteen& even, Sixteen& odd) {
+#if defined(LOWBIT_AVX512)
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(w[pair], 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(w[pair], _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+#else
+    even = sixteen_load(w.columns[pair * 2]);
+    odd = sixteen_load(w.columns[pair * 2 + 1]);
+#endif
+}
 
 #if defined(__AVX512BF16__)
 
@@ -99,17 +110,6 @@ void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w)
 // Null for codes that are no numbers by themselves.
 Decode decode_function(Codes codes) {
     return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode_numbers<decltype(constant)::value>; });
-}
-
-// The columns of a pair.
-INLINE void columns_of(const BfloatTile& w, int pair, Sixteen& even, Sixteen& odd) {
-#if defined(LOWBIT_AVX512)
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(w[pair], 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(w[pair], _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
-#else
-    even = sixteen_load(w.columns[pair * 2]);
-    odd = sixteen_load(w.columns[pair * 2 + 1]);
-#endif
 }
 
 INLINE void decode_ahead(Decode decode, const std::uint8_t* codes, [[maybe_unused]] std::int64_t bytes,
@@ -197,39 +197,49 @@ struct PanelStep {
 
 #endif
 
-// Of float16 numbers, of which next(tile) says where those of a tile are.
-template <class Next>
-INLINE void round_halves(std::int64_t tiles, std::uint8_t* panel, const Next& next) {
+void round_plain_halves(const Layout& layout, const std::uint8_t* block, const Decoding&, std::uint8_t* panel) {
     PanelWriter writer(panel);
-    for (std::int64_t tile = 0; tile < tiles; ++tile) {
-        const std::uint16_t* const halves = next(tile);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const halves = block + tile * tile_bytes(Codes::f16);
         writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
-            const auto* const at = reinterpret_cast<const std::uint8_t*>(halves + decltype(number)::value * 2 * ROWS);
+            const std::uint8_t* const at = halves + decltype(number)::value * 4 * ROWS;
             even = sixteen_f16(at);
             odd = sixteen_f16(at + 2 * ROWS);
         });
     }
 }
 
-void round_plain_halves(const Layout& layout, const std::uint8_t* block, const Decoding&, std::uint8_t* panel) {
-    round_halves(layout.tiles, panel, [&](std::int64_t tile) __attribute__((always_inline)) {
-        return reinterpret_cast<const std::uint16_t*>(block + tile * tile_bytes(Codes::f16));
-    });
-}
-
-void round_spqr(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    Walk walk(layout, block);
-    alignas(64) std::uint16_t halves[ROWS * COLUMNS];
+// Codes with outliers, which are put in one by one.
+void round_with_outliers(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
     const lowbit_weight& weight = *decoding.weight;
-    const std::int64_t first = (block - weight.data) / layout.block_bytes * layout.tiles;
-    round_halves(layout.tiles, panel, [&](std::int64_t tile) __attribute__((always_inline)) {
-        const std::uint8_t* const codes = walk.next<Codes::halves3, COLUMNS / 2, Addend::zero>();
-        decode_halves(codes, decoding.table, walk, halves);
-        each_outlier(weight, first + tile, [&](std::uint32_t place, float outlier) {
-            halves[place] = float_to_half(half_to_float(halves[place]) + outlier);
+    const std::int64_t first = (block - weight.data) / layout.block_bytes * ROWS;
+    Walk walk(layout, block);
+    PanelWriter writer(panel);
+    BfloatTile w;
+    alignas(64) float numbers[COLUMNS][ROWS];
+    std::int64_t done[ROWS] = {};  // outliers of each row
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        decode<Codes::bits3>(walk.next<Codes::bits3, COLUMNS / 2, Addend::zero>(), decoding.table, w);
+        each_constant<PAIRS>([&](auto pair) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(pair)::value, PART = PAIR * 2 / PAIRS;
+            Sixteen even, odd;
+            columns_of(w, PAIR, even, odd);
+            sixteen_store(numbers[PAIR * 2], weight_of<Addend::zero>(even, walk.scale[PART], walk.addend[PART]));
+            sixteen_store(numbers[PAIR * 2 + 1], weight_of<Addend::zero>(odd, walk.scale[PART], walk.addend[PART]));
         });
-        return halves;
-    });
+        for (int row = 0; row < ROWS && first + row < weight.rows; ++row) {
+            RowOutliers outliers(weight, first + row);
+            for (outliers.at += done[row]; outliers.at < outliers.end; ++outliers.at, ++done[row]) {
+                const std::int64_t column = outlier_column(*outliers.at) - tile * COLUMNS;
+                if (column >= COLUMNS) break;
+                numbers[column][row] += outlier_number(*outliers.at);
+            }
+        }
+        writer.put([&](auto pair, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            even = sixteen_load(numbers[decltype(pair)::value * 2]);
+            odd = sixteen_load(numbers[decltype(pair)::value * 2 + 1]);
+        });
+    }
 }
 
 #if defined(__AVX512BF16__)
@@ -252,7 +262,7 @@ bool sums_go_on(const Layout& layout) {
 
 RoundFunction round_function(const Layout& layout, const WordCodes& words, bool exact) {
     if (layout.codes == Codes::f16) return layout.scales == Scales::none ? round_plain_halves : nullptr;
-    if (layout.codes == Codes::halves3) return round_spqr;
+    if (layout.outliers) return round_with_outliers;
     if (is_words(layout.codes) || layout.codes == Codes::e8p || layout.codes == Codes::e8p_pair) return rounded_words(layout, words);
     if ((!WORD_PANELS || exact) && sums_go_on(layout)) return nullptr;
 #if defined(__AVX512BF16__)

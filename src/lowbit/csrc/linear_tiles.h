@@ -39,12 +39,11 @@ constexpr int PAIRS = COLUMNS / 2;
 // up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code; AVX-512 looks bytes of 128
 // values up. ``row_vectors``: indices of vectors of several rows (linear_row_vectors.h). ``words4``: as bits4, with a
 // table of whole numbers of 13 bits for values that bfloat16 would round (nf4); see linear_words.h. ``grid…``, ``e8p``:
-// an index for 8 or 4 columns of a row; see Grid. ``halves3``: as bits3, but with every step from code to weight rounded
-// to float16, and outliers; see linear_halves.h.
+// an index for 8 or 4 columns of a row; see Grid.
 enum class Codes : std::int32_t {
     bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
     int8 = 8, uint8 = 9, e4m3 = 10, e5m2 = 11, e4m3fnuz = 12, e5m2fnuz = 13, words4 = 14,
-    bf16 = 16, f16 = 17, halves3 = 18, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
+    bf16 = 16, f16 = 17, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
     e8p = 26, e8p_pair = 27,
     f32 = 32, row_vectors = 40
 };
@@ -86,7 +85,7 @@ constexpr bool is_words(Codes codes) {
 }
 
 // Codes that meet x in float32.
-constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32 || codes == Codes::halves3; }
+constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
 
 constexpr bool is_byte_float(Codes codes) { return codes >= Codes::e4m3 && codes <= Codes::e5m2fnuz; }
 constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Codes::uint8 || is_byte_float(codes); }
@@ -139,7 +138,6 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::e8p:
         case Codes::e8p_pair: return grid_of(codes).bytes();
         case Codes::words4: return ROWS * COLUMNS / 2;
-        case Codes::halves3: return ROWS * COLUMNS * 3 / 8;
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
         case Codes::f32: return ROWS * COLUMNS * 4;
@@ -223,15 +221,14 @@ struct Plane {
 
 constexpr int plane_count(Codes codes) {
     if (codes == Codes::bits7) return 3;
-    const bool two = codes == Codes::bits3 || codes == Codes::halves3 || codes == Codes::bits5 || codes == Codes::bits6;
+    const bool two = codes == Codes::bits3 || codes == Codes::bits5 || codes == Codes::bits6;
     return two ? 2 : 1;
 }
 constexpr Plane plane(Codes codes, int index) {
     switch (codes) {
         case Codes::bits1: return {1, 0, 0};
         case Codes::bits2: return {2, 0, 0};
-        case Codes::bits3:
-        case Codes::halves3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
+        case Codes::bits3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
         case Codes::bits4:
         case Codes::words4: return {4, 0, 0};
         case Codes::bits5: return index == 0 ? Plane{4, 0, 0} : Plane{1, 4, 256};

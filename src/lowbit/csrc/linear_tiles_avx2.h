@@ -56,16 +56,6 @@ inline __m128i eight_shorts(const std::uint8_t* from) { return _mm_loadu_si128(r
 inline Sixteen sixteen_f16(const std::uint8_t* from) {
     return {_mm256_cvtph_ps(eight_shorts(from)), _mm256_cvtph_ps(eight_shorts(from + 16))};
 }
-// To float16: to nearest, ties to even.
-inline void sixteen_store_f16(std::uint16_t* to, Sixteen x) {
-    auto* const eights = reinterpret_cast<__m128i*>(to);
-    _mm_storeu_si128(eights, _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128(eights + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
-}
-inline Sixteen sixteen_round_f16(Sixteen x) {
-    const auto round = [](__m256 part) { return _mm256_cvtph_ps(_mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT)); };
-    return {round(x.low), round(x.high)};
-}
 inline __m256 eight_bf16(__m128i shorts) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16));
 }

@@ -244,11 +244,6 @@ inline Sixteen sixteen_set(float x) { return _mm512_set1_ps(x); }
 inline Sixteen sixteen_f16(const std::uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-// To float16: to nearest, ties to even.
-inline void sixteen_store_f16(std::uint16_t* to, Sixteen x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-inline Sixteen sixteen_round_f16(Sixteen x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline Sixteen sixteen_bf16(const std::uint8_t* from) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

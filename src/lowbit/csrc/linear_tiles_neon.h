@@ -18,14 +18,6 @@ inline Sixteen sixteen_multiply(Sixteen x, Sixteen y) { return multiply(x, y); }
 inline Sixteen sixteen_add(Sixteen x, Sixteen y) { return add(x, y); }
 inline Sixteen sixteen_set(float x) { return broadcast(x); }
 inline Sixteen sixteen_f16(const std::uint8_t* from) { return load_halves(from); }
-// To float16: to nearest, ties to even.
-inline void sixteen_store_f16(std::uint16_t* to, Sixteen x) {
-    vst1q_f16(reinterpret_cast<float16_t*>(to), vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b));
-    vst1q_f16(reinterpret_cast<float16_t*>(to + 8), vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d));
-}
-inline Sixteen sixteen_round_f16(Sixteen x) {
-    return each_quarter([](float32x4_t part) { return vcvt_f32_f16(vcvt_f16_f32(part)); }, x);
-}
 inline Sixteen sixteen_bf16(const std::uint8_t* from) { return load_bfloats(reinterpret_cast<const std::uint16_t*>(from)); }
 inline Sixteen sixteen_int8(const std::uint8_t* from) { return from_signed(vld1q_u8(from)); }
 inline Sixteen sixteen_e4m3(const std::uint8_t* from) { return from_e4m3(vld1q_u8(from)); }

@@ -48,7 +48,6 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         kinds = (fmt.name, *(scale.name for scale in scheme.scales), scheme.outliers.name)
         if (kinds, scheme.blocks, scheme.zero) != (("uint3", "f16", "f16"), ((1, 16),), "float"):
             return "outliers stand beside 3-bit codes in groups of 16 with f16 scales and zero points only"
-        stored = "halves3"
     if stored is None:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
     if stored in _BYTE_FLOATS and (scheme.offset or scheme.zero != "none"):

@@ -17,11 +17,10 @@ Zero points and offsets multiply the sum of what x became, not of x. Then the er
 table[code] - zero, which is the weight, and not table[code], which is larger where a group's weights lie to
 one side of 0. Sums of whole numbers are exact in float32, so they are the same on all processors.
 
-Outliers (SpQR) stand beside codes of which float16 arithmetic makes weights, rounding twice, so that no sum
-of codes can take a scale over. A tile becomes the float16 numbers it stands for, outliers among them, and
-meets x as those do (``cpu_dense``), in float32 and with the same bits. Scales and zero points of 16 columns,
-which the file has as 3 bits under four float16 for 16 rows, take 16 bits each: 5 bits a weight with codes,
-and 32 for each outlier and each tile.
+Outliers (SpQR) are added to weights that float16 arithmetic makes of codes. Its roundings, at most 2^-10 of a
+weight together, are those of rows that are looked up alone; in products codes meet x as HQQ's do, and outliers
+beside them, in float32. Scales and zero points of 16 columns, which the file has as 3 bits under four float16
+for 16 rows, take 16 bits each: 5 bits a weight with codes, and 32 for each outlier and each row.
 
 What the tiles have no place for is packed in other words for the same numbers, where these take little
 more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them (FP8 in
@@ -35,7 +34,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.kernels import outlier_tiles, packed_linear, unpacking
+from lowbit.kernels import outlier_rows, packed_linear, unpacking
 from lowbit.kernels.block_description import describe, has_row_scale, parts_of
 from lowbit.kernels.code_tables import value_table
 from lowbit.kernels.gguf_blocks import expanded
@@ -45,7 +44,7 @@ from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import COLUMNS, GRIDS, Description, NativeWeight
 from lowbit.kernels.repacking import fold, moved_by, packed_scheme, recoded, regrouped
 from lowbit.numerics.cutting import in_rows
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 # Packed bytes to the scheme's own; what is refused runs many times slower. FP8 whose float32 scales are
@@ -57,7 +56,7 @@ class CpuBlocks(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_blocks"
-    layout = 2
+    layout = 3
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
@@ -88,7 +87,7 @@ class CpuBlocks(NativeKernel):
         native = packed_scheme(scheme, shape)
         described = "" if native is None else describe(native, shape)
         assert isinstance(described, Description), "refuses() was asked first"
-        return described.nbytes + outlier_tiles.nbytes(scheme, shape, described)
+        return described.nbytes + outlier_rows.nbytes(scheme, shape)
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Whether the codes are whole numbers, or halves of them."""
@@ -116,7 +115,7 @@ class CpuBlocks(NativeKernel):
         if weight.column_order is not None:
             buffers["column_order"] = weight.column_order.clone()
         if weight.outliers is not None:
-            buffers |= outlier_tiles.tiled(weight.outliers, description)
+            buffers |= outlier_rows.buffers_of(weight.outliers)
         if has_row_scale(scheme):
             buffers["row_scale"] = weight.scales[1].float().flatten().expand(weight.shape[0]).contiguous()
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -134,7 +133,7 @@ class CpuBlocks(NativeKernel):
             raise ValueError(f"{origin}: {row_scale.numel()} scales of {shape[0]} rows")
         packed_linear.check_order(buffers.get("column_order"), shape[1], origin)
         if scheme.outliers is not None:
-            outlier_tiles.point(described, buffers, shape[1], origin)
+            outlier_rows.point(described, buffers, shape[1], origin)
         return packed_linear.around(self, described, scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
@@ -164,8 +163,9 @@ class CpuBlocks(NativeKernel):
         zeros = None if scheme.zero == "none" else addends.pop(0)
         if scheme.zero == "integer":
             zeros = None if zeros is None else zeros.to(torch.uint8)
-        has_outliers = scheme.outliers is not None
-        outliers = outlier_tiles.untiled(packed.description, packed.buffers) if has_outliers else None
+        outliers = None
+        if scheme.outliers is not None:
+            outliers = Outliers(packed.buffers["outlier_starts"], packed.buffers["outliers"])
         return QuantizedTensor(
             scheme,
             packed.shape,

@@ -42,7 +42,7 @@ LARGEST_VALUE = 4095  # of a table of whole numbers (csrc/linear_words.h)
 # The numbers of csrc/linear_tiles.h and csrc/linear_layout.h.
 CODES = {"bits1": 1, "bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
 CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "e5m2": 11, "e4m3fnuz": 12, "e5m2fnuz": 13, "words4": 14}
-CODES |= {"halves3": 18, "row_vectors": 40}
+CODES |= {"row_vectors": 40}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
 SCALES_NIBBLES, SCALES_ODD_NIBBLES = 6, 7
