@@ -1113,7 +1113,7 @@ def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str
 @needs_native
 @pytest.mark.parametrize("shape", [(37, 256), (64, 272), (5, 16)])
 def test_weights_with_outliers_are_the_float16_ones_but_for_their_roundings(shape: tuple[int, int]) -> None:
-    """2^-11 of each result on the way to a weight, which is at most three, and as much of the least normal one."""
+    """2^-11 of each result on the way to a weight, at most three, and as much of the least normal one."""
     weight = with_outliers(shape, 0.05)
     codes, outliers = unrounded(weight)
     defined = weight.dequantize().double()

@@ -19,6 +19,7 @@ from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.packed_linear import INPUT_BFLOAT, INPUT_SCALED, NativeWeight
+from lowbit.kernels.prompt_rows import prompt_rows, rounding
 from lowbit.kernels.settled import settled
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -120,6 +121,30 @@ def test_nothing_past_the_end_is_touched(name: str) -> None:
     out = rows_at_guard_page(torch.full((13, rows), 7.0), rows + 3)
     found = guarded.kernel.linear(rows_at_guard_page(x, columns + 5), guarded, out)
     assert torch.equal(found, packed.kernel.linear(x, packed))
+
+
+@pytest.mark.skipif(not rounding("cpu"), reason="no kernel rounds here")
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_round_weights_and_what_inputs_are_worth(name: str) -> None:
+    """As those of inputs that are not quantized: a row in any company, a NaN in its own row alone."""
+    weight, packed, transform = built(name)
+    x = inputs(77, weight.shape[1])
+    stored = packed.kernel.linear(x, packed)
+    seen, exact = transform.in_torch(x)[0].double(), normal_form(weight).double()
+    with prompt_rows(0, 77):
+        found = packed.kernel.linear(x, packed)
+    off = (found.double() - seen @ exact.T).norm(dim=1) / (seen.abs() @ exact.abs().T).norm(dim=1)
+    assert off.max() < 6e-3 and off.median() < 1e-3 and not torch.equal(found, stored)
+    for count in (1, 15, 33):
+        with prompt_rows(0, count):
+            assert torch.equal(packed.kernel.linear(x[:count], packed), found[:count]), count
+    with prompt_rows(40, 77):
+        mixed = packed.kernel.linear(x, packed)
+    assert torch.equal(mixed, torch.cat((stored[:40], found[40:])))
+    x[70, 3] = float("nan")
+    with prompt_rows(0, 77):
+        damaged = packed.kernel.linear(x, packed)
+    assert damaged[70].isnan().all() and torch.equal(damaged[:70], found[:70])
 
 
 def test_a_multiplier_comes_first() -> None:

@@ -50,11 +50,14 @@ struct Prepared {
 
     // The kernel, and what it makes of x that comes as ``kind``.
     void choose_kernel(InputKind kind) {
-        if (product->prompts && kind == InputKind::bfloat) {
+        if (product->prompts && (kind == InputKind::bfloat || kind == InputKind::scaled)) {
             round = round_function(layout, decoding.words, product->layer != nullptr && product->layer->quantizer != nullptr);
             if (round == nullptr && !CODES_HAVE_TILES) take_codes();
         }
-        if (round != nullptr) return take_panels();
+        if (round != nullptr) {
+            requantized = kind == InputKind::scaled;
+            return take_panels();
+        }
         if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
         if (kind == InputKind::scaled && takes_scaled(layout)) {
             shape.times = codes_per_unit(*product->weight->quantizer);
@@ -176,6 +179,7 @@ struct Prepared {
     BlockFunction function = nullptr;
     RoundFunction round = nullptr;   // if not, these
     bool scaled_after = false;       // of codes alone
+    bool requantized = false;        // x meets them as what its codes and scales are worth
     int tile_tokens = TOKEN_TILE;    // of which x is laid out together
     InputShape shape;
     bool scaled = false;
@@ -230,7 +234,7 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
     float staged[2][MOST_LAYER_COLUMNS];  // of which a layer touches what it needs
     static thread_local std::vector<float> codes, scales, taken;
     const lowbit_weight& weight = *p.product->weight;
-    const bool quantized = p.shape.quantized();
+    const bool quantized = p.shape.quantized() || p.requantized;
     if (quantized) {
         codes.resize(static_cast<std::size_t>(p.shape.columns));
         scales.resize(static_cast<std::size_t>((p.shape.columns + weight.input_group - 1) / weight.input_group));
@@ -248,7 +252,12 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
         if (quantized) {
             quantize_row(*weight.quantizer, row, p.shape.columns, codes.data(), scales.data());
             row = codes.data();
-            lay_out_scales(scales.data(), weight.input_group, p.shape, p.places(tile), place);
+            if (p.requantized) {
+                float* const worth = codes.data();
+                for (std::int64_t i = 0; i < p.shape.columns; ++i) worth[i] *= scales.data()[i / weight.input_group];
+            } else {
+                lay_out_scales(scales.data(), weight.input_group, p.shape, p.places(tile), place);
+            }
         }
         lay_out(row, p.shape, p.places(tile), place);
     }

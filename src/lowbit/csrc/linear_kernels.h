@@ -277,8 +277,8 @@ Function of_exact_codes(Codes codes, const With& with) {
     }
 }
 
-// Null where rounding saves nothing, or the codes have none. ``exact``: nor may it change products of codes, as a layer's are
-// that quantizes its inputs. linear_panels.cpp
+// Null where rounding saves nothing, or the codes have none. ``exact``: nor may it change products of whole numbers, as a
+// layer's are that quantizes its inputs. linear_panels.cpp
 RoundFunction round_function(const Layout& layout, const WordCodes& codes, bool exact);
 // A row's codes alone, where its sums go on to its end; AMX then has the bits of exact_tiles.
 RoundFunction code_function(const Layout& layout);

@@ -264,7 +264,8 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words, bool 
     if (layout.codes == Codes::f16) return layout.scales == Scales::none ? round_plain_halves : nullptr;
     if (layout.outliers) return round_with_outliers;
     if (is_words(layout.codes) || layout.codes == Codes::e8p || layout.codes == Codes::e8p_pair) return rounded_words(layout, words);
-    if ((!WORD_PANELS || exact) && sums_go_on(layout)) return nullptr;
+    const bool keeps_codes = !WORD_PANELS || (exact && !is_byte_float(layout.codes));
+    if (keeps_codes && sums_go_on(layout)) return nullptr;
 #if defined(__AVX512BF16__)
     if (layout.scales == Scales::none) return nullptr;
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
