@@ -1,14 +1,18 @@
-"""What a linear kernel makes of x before it multiplies: whole numbers, bfloat16, or x as it is.
+"""What linear kernels multiply: of x whole numbers, bfloat16 or x itself; of weights what they make of them.
 
 That depends on the instruction set in use, which is asked (``packed_linear.takes``).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lowbit.kernels import PackedWeight, native
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
 
 # Whether products of codes that bfloat16 holds round x to it, as those of bfloat16 matrices do everywhere.
 ROUNDS_INPUTS = native.base_isa() in ("amx", "avx512", "neon_bf16")
@@ -41,3 +45,17 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
     exact = packed.scheme.weight.name in ("f16", "f32") or packed.kernel.computes == "f32 copy"
     return x.double() if exact else x.bfloat16().double()
+
+
+def unrounded(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64: weights beside outliers as no float16 arithmetic has rounded them, and the outliers."""
+    assert weight.outliers is not None
+    bare = replace(weight, scheme=replace(weight.scheme, outliers=None), outliers=None, column_order=None)
+    zeros, scales = bare._spread(bare.zeros, 0).double(), bare._spread(bare.scales[0], 0).double()
+    codes, outliers = (bare.codes.double() - zeros) * scales, torch.zeros(weight.shape).double()
+    values = weight.outliers.values(number_format("f16"))
+    outliers[weight.outliers.rows, weight.outliers.columns] = values.double()
+    order = weight.column_order
+    if order is None:
+        return codes, outliers
+    return torch.empty_like(codes).index_copy_(1, order, codes), outliers.index_copy(1, order, outliers)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.test_linear_kernels import CPU, ROWS_OF_X, WEIGHTS, normal_form, unrounded
+from contract.test_linear_kernels import CPU, ROWS_OF_X, WEIGHTS, normal_form
+from kernel_inputs import unrounded
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.cpu_blocks import CpuBlocks

@@ -19,7 +19,7 @@ import torch
 
 from gguf_blocks import NAMES, random_blocks, tensor_of
 from guard_page import at_guard_page, rows_at_guard_page
-from kernel_inputs import ROUNDS_INPUTS, in_words, seen_by
+from kernel_inputs import ROUNDS_INPUTS, in_words, seen_by, unrounded
 from lowbit.errors import LowbitError
 from lowbit.kernels import (
     LinearKernel,
@@ -564,20 +564,6 @@ def multiplied(weight: QuantizedTensor) -> torch.Tensor:
     whole, factor = code_tables.whole_table(fmt)
     values = NumberFormat("whole numbers", 4, tuple((whole * factor).tolist()))
     return normal_form(replace(weight, scheme=replace(weight.scheme, weight=values))).double()
-
-
-def unrounded(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64: weights beside outliers as no float16 arithmetic has rounded them, and the outliers."""
-    assert weight.outliers is not None
-    bare = replace(weight, scheme=replace(weight.scheme, outliers=None), outliers=None, column_order=None)
-    zeros, scales = bare._spread(bare.zeros, 0).double(), bare._spread(bare.scales[0], 0).double()
-    codes, outliers = (bare.codes.double() - zeros) * scales, torch.zeros(weight.shape).double()
-    values = weight.outliers.values(number_format("f16"))
-    outliers[weight.outliers.rows, weight.outliers.columns] = values.double()
-    order = weight.column_order
-    if order is None:
-        return codes, outliers
-    return torch.empty_like(codes).index_copy_(1, order, codes), outliers.index_copy(1, order, outliers)
 
 
 def rounded_of_row_vectors(weight: QuantizedTensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forward_helpers import differences, prompt_logits
-from kernel_inputs import seen_by
+from kernel_inputs import seen_by, unrounded
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats import Notes, StoredLinear, StoredModule, detect
@@ -76,7 +76,7 @@ def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTr
             if name == "lm_head" and config.tie_word_embeddings:
                 continue
             stored = reader.read(StoredModule(name, name, tuple(module.weight.shape)), data)
-            module.weight.copy_(stored.weight.dequantize())
+            module.weight.copy_(multiplied(stored.weight, planned.get(name)))
             if stored.bias is not None and getattr(module, "bias", None) is not None:
                 module.bias.copy_(stored.bias.float())
             rule, scheme = stored.input, stored.weight.scheme.activation
@@ -88,6 +88,14 @@ def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTr
             if stored.output_scale is not None:
                 module.register_forward_hook(quantize_output(stored))
     return model
+
+
+def multiplied(weight: QuantizedTensor, plan: ModulePlan | None) -> Tensor:
+    """The weight as its kernel multiplies it: without float16's roundings beside outliers."""
+    if plan is None or weight.outliers is None or plan.kernel != "cpu_blocks":
+        return weight.dequantize()
+    codes, outliers = unrounded(weight)
+    return codes + outliers
 
 
 def quantize_input(scheme: object, rule: object, met: Rounding | None) -> Callable[..., tuple[Tensor]]:

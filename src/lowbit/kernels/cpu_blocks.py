@@ -19,8 +19,8 @@ one side of 0. Sums of whole numbers are exact in float32, so they are the same 
 
 Outliers (SpQR) are added to weights that float16 arithmetic makes of codes. Its roundings, at most 2^-10 of a
 weight together, are those of rows that are looked up alone; in products codes meet x as HQQ's do, and
-outliers beside them, in float32. Scales and zero points of 16 columns, which the file has as 3 bits under four
-float16 for 16 rows, take 16 bits each: 5 bits a weight with codes, and 32 for each outlier and each row.
+outliers beside them, in float32. Scales and zero points of 16 columns, which the file has as 3 bits under
+four float16 for 16 rows, take 16 bits each: 5 bits a weight with codes, and 32 for each outlier and each row.
 
 What the tiles have no place for is packed in other words for the same numbers, where these take little
 more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them (FP8 in

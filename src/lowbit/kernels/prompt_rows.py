@@ -34,6 +34,13 @@ def rounding(device: str) -> bool:
     return device == "cpu" and native.base_isa() in _ROUNDING and native.library() is not None
 
 
+def rounded_weights() -> str:
+    """What such kernels do, in words."""
+    if native.base_isa() in ("amx", "avx512"):
+        return "weights with a scale for every few columns are rounded to bfloat16"
+    return "weights, unless int8 ones meet int8 inputs, are rounded to 12 bits"
+
+
 @contextmanager
 def prompt_rows(first: int | None, rows: int) -> Iterator[None]:
     """Inside, layers are given the ``rows`` rows of a step, which from ``first`` on are prompts' tokens;
