@@ -42,6 +42,8 @@ LONGEST = [
     )
 ]
 assert all(path.is_file() for path in LONGEST)
+# Files that one worker takes with another one, for what is costly to set up in both.
+TOGETHER = {"tests/tokenization/test_chat_template.py": "tests/tokenization/test_tokenizers.py"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,6 +83,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
         def schedule(self) -> None:
             self.places = {
                 name: place for place, name in enumerate(next(iter(self.registered_collections.values())))
