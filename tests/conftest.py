@@ -26,19 +26,27 @@ gc.disable()
 
 TESTS = Path(__file__).parent
 # What takes longest (a compiler, whole models, other processes) begins first, so that no worker waits for it
-# at the end. Files of the most tests follow.
+# at the end. Files of the most tests follow; here is also what has few, of which each takes long.
 LONGEST = [
     TESTS / name
     for name in (
-        *("engine/test_sameness.py", "kernels/test_amx.py", "kernels/test_instruction_sets.py"),
-        *("models/test_embedded.py", "gpu/test_gpu_experts.py", "engine/test_speculation.py"),
-        *("server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py", "gpu/test_gpu_engine.py"),
-        *("engine/test_step_capture.py", "kernels/test_attention.py", "gpu/test_gpu_rotation.py"),
-        *("server/test_end_to_end.py", "gpu/test_gpu_recurrent.py", "engine/test_shared_graphs.py"),
-        *("engine/test_ranks.py", "loading/test_quantizing.py", "checkpoint/test_hub.py"),
-        *("gpu/test_gpu_graphs.py", "models/test_qwen_next_ranks.py", "loading/test_convert_proof.py"),
+        *("engine/test_sameness.py", "kernels/test_amx.py", "engine/test_shared_graphs.py"),
+        *("engine/test_step_capture.py", "kernels/test_instruction_sets.py", "models/test_embedded.py"),
+        *("gpu/test_gpu_experts.py", "server/test_failures.py", "engine/test_speculation.py"),
+        *("gpu/test_gpu_attention.py", "loading/test_tensor_parallel.py", "test_docs.py"),
+        *("gpu/test_gpu_engine.py", "kernels/test_attention.py", "gpu/test_gpu_rotation.py"),
+        *("server/test_end_to_end.py", "engine/test_ranks.py", "gpu/test_gpu_recurrent.py"),
+        *("loading/test_packed_cache.py", "loading/test_convert_gguf.py", "server/test_process.py"),
+        *("loading/test_quantizing.py", "tokenization/test_tokenizers.py", "models/test_qwen_next_ranks.py"),
+        *("gpu/test_gpu_graphs.py", "loading/test_convert_proof.py", "engine/test_engine.py"),
+        *("models/test_qwen_next.py", "engine/test_recurrent.py", "checkpoint/test_hub.py"),
         *("gpu/test_gpu_expert_models.py", "gpu/test_gpu_linear_models.py", "gpu/test_gpu_rotated_models.py"),
-        *("kernels/test_native.py", "checkpoint/test_safetensors_writer.py"),
+        *("models/test_quantized_families.py", "kernels/test_thread_pool.py", "loading/test_calibrate.py"),
+        *("kernels/test_timing.py", "loading/test_samples.py", "loading/test_kernel_choice.py"),
+        *("loading/test_choice.py", "checkpoint/test_gguf_file.py", "engine/test_accounting.py"),
+        *("models/test_qwen_next_quantized.py", "models/test_quantized_experts.py", "server/test_fuzz.py"),
+        *("engine/test_continuous_decode.py", "loading/test_vision_saving.py", "checkpoint/test_quality.py"),
+        *("kernels/test_native.py", "checkpoint/test_safetensors_writer.py", "server/test_metrics.py"),
     )
 ]
 assert all(path.is_file() for path in LONGEST)

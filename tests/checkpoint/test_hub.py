@@ -172,8 +172,7 @@ except LowbitError as error:
 """
 
 
-# Imports all that has no settings and forks for each job, which imports the hub's client alone: a third of the
-# time, and when its settings are read.
+# Imports all that has no settings and forks for each job, which imports the hub's client alone.
 FORKS = """
 import json, os, sys
 import filelock, fsspec, httpx, tqdm, yaml
