@@ -56,10 +56,12 @@ class LowbitError(Exception):
 
 def printable(text: object, limit: int = 120) -> str:
     """Text from a file or a client, made safe to print: control characters escaped, cut at ``limit``."""
-    shown = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(text)
-    )
+    shown = str(text)
+    if not shown.isprintable():
+        shown = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in shown
+        )
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

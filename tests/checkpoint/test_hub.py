@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -104,6 +105,9 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.forks = subprocess.Popen(
+            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     @property
     def url(self) -> str:
@@ -137,6 +141,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     made.gated.add("org/gated")
     yield made
     made.server.shutdown()
+    made.forks.communicate(timeout=10)
 
 
 SCRIPT = """
@@ -167,6 +172,32 @@ except LowbitError as error:
 """
 
 
+# Imports all that has no settings and forks for each job, which imports the hub's client alone.
+FORKS = """
+import json, os, sys
+import filelock, fsspec, httpx, tqdm, yaml
+import lowbit.checkpoint.hub_headers
+assert "huggingface_hub" not in sys.modules
+for line in sys.stdin:
+    script, sys.argv[1:], environment, output, errors = json.loads(line)
+    if not (child := os.fork()):
+        os.environ.clear()
+        os.environ.update(environment)
+        for place, path in ((1, output), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), place)
+        status = 1
+        try:
+            exec(script, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 def open_in_process(
     hub: Hub, home: Path, name: str, revision: str = "", script: str = SCRIPT, **env: str
 ) -> dict[str, str]:
@@ -178,10 +209,15 @@ def open_in_process(
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", **env,
     }  # fmt: skip
     environment.pop("HF_TOKEN", None)
-    command = [sys.executable, "-c", script, name, revision]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    with TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        job = [script, [name, revision], environment, str(output), str(errors)]
+        assert hub.forks.stdin is not None and hub.forks.stdout is not None
+        print(json.dumps(job), file=hub.forks.stdin, flush=True)
+        status = hub.forks.stdout.readline().strip()
+        said = output.read_text()
+        assert status == "0" and said, errors.read_text()
+    return json.loads(said.splitlines()[-1])
 
 
 @pytest.mark.parametrize("repo", ["single", "sharded"])

@@ -16,10 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint.tiny import join_safetensors, split_safetensors
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
@@ -38,6 +38,8 @@ class Seed:
     tensors: dict[str, Tensor]
     documents: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    payload: bytes = b""  # of the file that holds these tensors, behind its header
+    entries: dict[str, object] = field(default_factory=dict)  # of that header
 
     @classmethod
     def of(cls, folder: Path) -> Seed:
@@ -48,17 +50,22 @@ class Seed:
         }
         config = json.loads((folder / "config.json").read_text())
         path = folder / "model.safetensors"
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return cls(f"{folder.parent.name}/{folder.name}", config, load_file(path), documents, metadata)
+        entries, payload = split_safetensors(path.read_bytes())
+        metadata = entries.pop("__metadata__", {})
+        name = f"{folder.parent.name}/{folder.name}"
+        return cls(name, config, load_file(path), documents, metadata, payload, entries)
 
     def write(self, folder: Path, config: Config, tensors: dict[str, Tensor]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.documents.items():
             (folder / name).write_text(text)
         (folder / "config.json").write_text(json.dumps(config))
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "model.safetensors", self.metadata)
+        file = folder / "model.safetensors"
+        if tensors is self.tensors and self.entries:  # nothing to serialize again: half of a verdict's time
+            header = self.entries | ({"__metadata__": self.metadata} if self.metadata else {})
+            file.write_bytes(join_safetensors(header, self.payload))
+            return folder
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, self.metadata)
         return folder
 
     @cached_property

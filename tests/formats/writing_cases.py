@@ -169,11 +169,10 @@ def convert_and_compare(folder: Path, form: str, out: Path) -> None:
     """Convert a fixture; every module of the result, read strictly, is the source's."""
     from lowbit.loading.convert import convert
 
-    convert(open_checkpoint(str(folder)), form, out)
-    before, after = (
-        SourceModel(open_checkpoint(str(folder))),
-        SourceModel(open_checkpoint(str(out)), strict=True),
-    )
+    before = whole_model(folder)
+    assert before is not None
+    convert(before.header, form, out)
+    after = SourceModel(open_checkpoint(str(out)), strict=True)
     assert after.form.name == form
     with TensorData(before.header) as old, TensorData(after.header) as new:
         assert [m.target.name for m in before.modules] == [m.target.name for m in after.modules]

@@ -25,6 +25,7 @@ from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.quantize.recipe import Asked
+from models.test_quantized_models import CASES, loaded_as_planned
 
 W4A16 = FIXTURES / "compressed_tensors" / "w4a16_group"
 NF4 = FIXTURES / "bitsandbytes" / "nf4"
@@ -302,14 +303,17 @@ def test_leftover_tensor_is_refused(tmp_path: Path) -> None:
 
 
 def test_plan_and_load_agree() -> None:
+    """Of checkpoints that models/test_quantized_models.py leaves out: it asserts the same of all others."""
+    found = 0
     for path in sorted(FIXTURES.glob("*/*/config.json")):
         if json.loads(path.read_text()).get("architectures") != ["LlamaForCausalLM"]:
             continue
+        if str(path.parent.relative_to(FIXTURES)) in CASES:
+            continue
         header = open_checkpoint(str(path.parent))
-        plan, model = plan_model(header, device="cpu"), load_model(header, device="cpu")
-        assert {module.kernel for module in plan.modules} >= model.kernels, path.parent.name
-        packed = sum(weight.nbytes for block in model.blocks for weight in block.qkv.weights)
-        assert packed <= 2 * plan.weight_bytes
+        loaded_as_planned(load_model(header, device="cpu"), plan_model(header, device="cpu"))
+        found += 1
+    assert found > 20
 
 
 def test_int8_inputs_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.packed_linear import INPUT_WORDS, takes
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
-from lowbit.loading.planner import ModulePlan
+from lowbit.loading.planner import ModelPlan, ModulePlan
+from lowbit.models.model import Model
 from lowbit.models.registry import family_of
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -52,12 +53,9 @@ TOKENS = [3, 17, 22, 5, 30, 11, 2, 31, 8, 21, 12, 1, 7, 7, 19, 28, 4, 9]
 Rounding = Callable[[Tensor], Tensor]
 
 
-def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTrainedModel:
-    """transformers' Llama in float32 with the weights that the format's reader gives.
-
-    ``plans``: of modules whose input it shall round as their kernels do.
-    """
-    planned = {plan.name: plan for plan in plans}
+@cache  # it takes longer to make than all else here, and is of a few kilobytes
+def with_weights(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, StoredLinear]]:
+    """transformers' Llama in float32 with the weights that the format's reader gives, and what that read."""
     config = transformers.AutoConfig.from_pretrained(folder)
     for key in ("quantization_config", "compression_config"):
         if hasattr(config, key):
@@ -66,7 +64,7 @@ def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTr
     header = open_checkpoint(str(folder))
     config.tie_word_embeddings = family_of(header).config_of(header).tied_head
     model = transformers.LlamaForCausalLM(config).eval().float()
-    reader = detect(header)(header, Notes())
+    reader, read = detect(header)(header, Notes()), {}
     with TensorData(header) as data, torch.no_grad():
         for name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -79,14 +77,29 @@ def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTr
             module.weight.copy_(multiplied(stored.weight, planned.get(name)))
             if stored.bias is not None and getattr(module, "bias", None) is not None:
                 module.bias.copy_(stored.bias.float())
-            rule, scheme = stored.input, stored.weight.scheme.activation
-            if not isinstance(module, torch.nn.Linear):
-                continue
-            met = rounding(planned[name], stored.weight) if name in planned else None
-            if rule is not None or scheme is not None or met is not None:
-                module.register_forward_pre_hook(quantize_input(scheme, rule, met))
-            if stored.output_scale is not None:
-                module.register_forward_hook(quantize_output(stored))
+            read[name] = stored
+    return model, read
+
+
+def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTrainedModel:
+    """``with_weights``, whose layers' inputs and results are rounded as the checkpoint wants.
+
+    ``plans``: of modules whose input it shall round as their kernels do.
+    """
+    planned = {plan.name: plan for plan in plans}
+    model, read = with_weights(folder)
+    for name, stored in read.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        module._forward_pre_hooks.clear()  # those of the call before
+        module._forward_hooks.clear()
+        rule, scheme = stored.input, stored.weight.scheme.activation
+        met = rounding(planned[name], stored.weight) if name in planned else None
+        if rule is not None or scheme is not None or met is not None:
+            module.register_forward_pre_hook(quantize_input(scheme, rule, met))
+        if stored.output_scale is not None:
+            module.register_forward_hook(quantize_output(stored))
     return model
 
 
@@ -127,16 +140,17 @@ def quantize_output(stored: StoredLinear) -> Callable[..., Tensor]:
     return hook
 
 
-def distance(folder: Path, plans: Sequence[ModulePlan] = ()) -> tuple[Tensor, frozenset[str]]:
-    """(each position's difference of logits over their largest, kernels)."""
+def distance(folder: Path, plans: Sequence[ModulePlan] = ()) -> tuple[Tensor, Model]:
+    """(each position's difference of logits over their largest, the model)."""
     model = load_model(open_checkpoint(str(folder)), device="cpu", kv_cache_dtype="f32")
     tokens = [token % model.vocab_size for token in TOKENS]
     [logits] = prompt_logits(model, [tokens])
     with torch.no_grad():
         wanted = oracle(folder, plans)(torch.tensor([tokens])).logits[0]
-    return differences(logits, wanted), model.kernels
+    return differences(logits, wanted), model
 
 
+@cache
 def quantizes_inputs(folder: Path) -> bool:
     plan = plan_model(open_checkpoint(str(folder)))
     return any(module.scheme.activation is not None for module in plan.modules)
@@ -183,19 +197,27 @@ def limit_on_the_reference(case: str) -> float:
     return codebooks if case.startswith(("aqlm/", "vptq/")) else 1e-3
 
 
+def loaded_as_planned(model: Model, plan: ModelPlan) -> None:
+    """Nothing runs on a kernel that the plan does not name, nor takes much more memory than it says."""
+    assert {module.kernel for module in plan.modules} >= model.kernels
+    packed = sum(weight.nbytes for block in model.blocks for weight in block.qkv.weights)
+    assert packed <= 2 * plan.weight_bytes
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_on_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
-    difference, kernels = distance(FIXTURES / case)
-    assert kernels == {"reference"}
+    difference, model = distance(FIXTURES / case)
+    assert model.kernels == {"reference"}
     check(FIXTURES / case, difference, limit_on_the_reference(case))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_on_the_chosen_kernels(case: str) -> None:
     plan = plan_model(open_checkpoint(str(FIXTURES / case)), device="cpu")
-    difference, kernels = distance(FIXTURES / case, plan.modules)
-    if kernels == {"reference"}:  # there is no native library
+    difference, model = distance(FIXTURES / case, plan.modules)
+    loaded_as_planned(model, plan)
+    if model.kernels == {"reference"}:  # there is no native library
         check(FIXTURES / case, difference, limit_on_the_reference(case))
         return
     if case == "exl3/3inst_signs":

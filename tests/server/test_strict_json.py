@@ -80,7 +80,7 @@ def test_not_finite_numbers_wait_for_the_field_checks(name: str) -> None:
     "body", [b"[]," * 1_000_000, b'{"a":' * 1_000_000, b'"\\' * 1_000_000, b'["' + b"\\\\" * 1_000_000]
 )
 def test_large_nonsense_is_quick(body: bytes) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(ApiError):
         parse(body)
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2  # whatever else the machine does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from checkpoint.tiny import write_folder
 from lowbit.checkpoint import CheckpointHeader, open_checkpoint
@@ -48,8 +49,8 @@ def tokenizer() -> FastTokenizer:
 
 
 @pytest.fixture(scope="module")
-def oracle(embedded_path: Path, tokenizer: FastTokenizer) -> PreTrainedTokenizerFast:
-    made = AutoTokenizer.from_pretrained(embedded_path.parent, gguf_file=embedded_path.name)
+def oracle(plain: PreTrainedTokenizerFast, tokenizer: FastTokenizer) -> PreTrainedTokenizerFast:
+    made = copy.deepcopy(plain)
     made.backend_tokenizer.pre_tokenizer = tokenizer._tokenizer.pre_tokenizer
     return made
 

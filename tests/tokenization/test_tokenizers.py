@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from checkpoint.tiny import METADATA, gguf_tensors, write_folder
 from gguf_writing import write_gguf
@@ -32,12 +32,6 @@ CORPUS = [topics[name] for name in sorted(topics)[:40]] + varied_texts(300, seed
 @pytest.fixture(scope="module")
 def embedded() -> FastTokenizer:
     return load_tokenizer(open_checkpoint("smollm2"))
-
-
-@pytest.fixture(scope="module")
-def plain(embedded_path: Path) -> PreTrainedTokenizerFast:
-    """transformers' tokenizer of the same file, as its GGUF reader makes it in some five seconds."""
-    return AutoTokenizer.from_pretrained(embedded_path.parent, gguf_file=embedded_path.name)
 
 
 @pytest.fixture(scope="module")

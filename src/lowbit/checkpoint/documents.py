@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 from lowbit.checkpoint.file_checks import check_regular_file
@@ -105,11 +106,14 @@ def _refuse_constant(text: str) -> object:
     raise ValueError(f"{text} is no JSON number")
 
 
-_OPEN, _CLOSE, _QUOTE, _BACKSLASH = b"[{", b"]}", ord('"'), ord("\\")
+# Texts, one that never ends too; and what is no bracket.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_BETWEEN_BRACKETS = re.compile(rb"[^\[\]{}]+")
+_OPEN = b"[{"
 
 
 def _depth(data: bytes) -> int:
-    """The deepest nesting, counted without parsing; large files are sampled by their brackets only."""
+    """The deepest nesting, or the first that is too deep, counted without parsing; of large files 0."""
     deepest = level = 0
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return 0  # it cannot be deeper than it has opening brackets
@@ -117,20 +121,10 @@ def _depth(data: bytes) -> int:
         # tokenizer.json: a Python scan would take seconds. json.loads itself recurses in C with a limit and
         # raises RecursionError, which is caught.
         return 0
-    in_text = escaped = False
-    for byte in data:
-        if in_text:
-            if escaped:
-                escaped = False
-            elif byte == _BACKSLASH:
-                escaped = True
-            elif byte == _QUOTE:
-                in_text = False
-        elif byte == _QUOTE:
-            in_text = True
-        elif byte in _OPEN:
-            level += 1
-            deepest = max(deepest, level)
-        elif byte in _CLOSE:
-            level -= 1
+    for byte in _BETWEEN_BRACKETS.sub(b"", _TEXT.sub(b"", data)):
+        level += 1 if byte in _OPEN else -1
+        if level > deepest:
+            deepest = level
+            if deepest > MAX_DEPTH:
+                break
     return deepest

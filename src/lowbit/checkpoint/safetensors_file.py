@@ -84,7 +84,7 @@ def _entry(path: Path, name: str, value: object, base: int) -> TensorEntry:
     def damaged(what: str) -> LowbitError:
         return LowbitError("E0225", f"{path.name}: tensor {shown!r} {what}; the file is damaged")
 
-    if not name or len(name.encode()) > MAX_NAME or any(ord(character) < 32 for character in name):
+    if not name or len(name.encode()) > MAX_NAME or min(name) < " ":
         raise damaged("has no usable name")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise damaged("needs exactly dtype, shape and data_offsets")

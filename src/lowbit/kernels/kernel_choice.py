@@ -43,13 +43,15 @@ def chosen(
     use: Use = ANY_USE,
 ) -> Choice:
     """The kernel for a weight; ``scheme`` with what its layer does to inputs."""
-    bare = replace(scheme, activation=None)
+    bare = _bare(scheme)
     choice = choose(bare, shape, device, use)
     known = _timings(scheme, shape, choice.kernel, entry)
     best, least = choice.kernel, 1.0
     others = rivals(scheme, shape, device, choice.kernel)
     for kernel in others:
-        cost = _cost(known, kernel, choice.kernel) * _growth(bare, shape, kernel, choice.kernel)
+        cost = _cost(known, kernel, choice.kernel)
+        if cost < float("inf"):
+            cost *= _growth(bare, shape, kernel, choice.kernel)
         if cost < SLOWER * least:
             best, least = kernel, cost / SLOWER
     losers = _losers(scheme, shape, device, best, known)
@@ -66,12 +68,17 @@ def named(
     use: Use = ANY_USE,
 ) -> Choice | str:
     """The same with a kernel named by the user; the reason where that one refuses."""
-    bare = replace(scheme, activation=None)
+    bare = _bare(scheme)
     kernel = kernel_called(name)
     if reason := refusal(kernel, bare, shape, device, use):
         return reason
     known = _timings(scheme, shape, choose(bare, shape, device, use).kernel, entry)
     return Choice(kernel, (), _losers(scheme, shape, device, kernel, known), "by --linear-kernel")
+
+
+def _bare(scheme: Scheme) -> Scheme:
+    """Without what is done to inputs: mostly the same one, and a copy costs as much as a kernel's answer."""
+    return scheme if scheme.activation is None else replace(scheme, activation=None)
 
 
 def kernel_called(name: str) -> LinearKernel:
@@ -105,8 +112,9 @@ Timings = Mapping[str, Mapping[int, float]]  # kernel -> tokens -> seconds
 def _timings(scheme: Scheme, shape: tuple[int, ...], preferred: LinearKernel, entry: Entry) -> Timings:
     """What the table knows of the weight on each kernel. A bf16 copy takes what bf16 took beside another."""
     known: dict[str, Mapping[int, float]] = {}
+    said = str(scheme)
     for kernel in linear_kernels():
-        if found := entry(key_of(kernel.name, str(scheme), shape)):
+        if found := entry(key_of(kernel.name, said, shape)):
             known[kernel.name] = {tokens: seconds.mine for tokens, seconds in found.items()}
             if scheme.activation is None and kernel is preferred:
                 known[COPY] = {tokens: seconds.dense for tokens, seconds in found.items()}
@@ -132,7 +140,7 @@ def _losers(
     scheme: Scheme, shape: tuple[int, ...], device: torch.device, best: LinearKernel, known: Timings
 ) -> tuple[Loser, ...]:
     """What else would run the weight, and why it does not."""
-    found, bare = [], replace(scheme, activation=None)
+    found, bare = [], _bare(scheme)
     for kernel in linear_kernels():
         if kernel is best or kernel.refuses(bare, shape, device) is not None:
             continue
