@@ -74,7 +74,7 @@ def with_weights(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, 
             if name == "lm_head" and config.tie_word_embeddings:
                 continue
             stored = reader.read(StoredModule(name, name, tuple(module.weight.shape)), data)
-            module.weight.copy_(multiplied(stored.weight, planned.get(name)))
+            module.weight.copy_(stored.weight.dequantize())
             if stored.bias is not None and getattr(module, "bias", None) is not None:
                 module.bias.copy_(stored.bias.float())
             read[name] = stored
@@ -92,6 +92,9 @@ def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTr
         module = model.get_submodule(name)
         if not isinstance(module, torch.nn.Linear):
             continue
+        if stored.weight.outliers is not None:
+            with torch.no_grad():
+                module.weight.copy_(multiplied(stored.weight, planned.get(name)))
         module._forward_pre_hooks.clear()  # those of the call before
         module._forward_hooks.clear()
         rule, scheme = stored.input, stored.weight.scheme.activation
