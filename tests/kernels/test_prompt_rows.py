@@ -107,6 +107,23 @@ def test_prompts_of_columns_that_end_within_a_scale(name: str, columns: int) -> 
             assert torch.equal(linear(x[:count]), found[:count]), count
 
 
+@pytest.mark.skipif(not rounding("cpu"), reason="no kernel rounds here")
+@pytest.mark.parametrize("rows", [1, 2, 27])  # of vectors
+@pytest.mark.parametrize("length", [3, 5, 6, 7, 9, 12])
+def test_prompts_meet_16_rows_of_blocks_that_have_fewer(length: int, rows: int) -> None:
+    """Vectors of 12 rows and others that fill no block: each row is its own."""
+    weight = FORMATS.row_codebook_weight((rows * length, 160), length, 256)
+    kernel = choose(weight.scheme, weight.shape, torch.device("cpu")).kernel
+    linear = Linear("rows", [kernel.pack(weight, torch.device("cpu"))], None, [None])
+    x = torch.randn(70, 160, generator=torch.Generator().manual_seed(8))
+    stored = linear(x)
+    with prompt_rows(0, 70):
+        found = linear(x)
+    with prompt_rows(0, 5):
+        assert torch.equal(linear(x[:5]), found[:5])
+    assert ((found - stored).norm(dim=0) < MOST_OFF * stored.norm(dim=0)).all()
+
+
 @pytest.mark.skipif(native.library() is None, reason="torch's rows depend on their number")
 @pytest.mark.parametrize("columns", [96, 1024, 1056])  # 3, 32 and 33 tiles
 @pytest.mark.parametrize("name", ["w8a8", "fp8 row x row", "int4 g32", "nf4"])

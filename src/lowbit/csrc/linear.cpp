@@ -39,7 +39,8 @@ struct Prepared {
         token_tiles = (from.tokens + tile_tokens - 1) / tile_tokens;
         const lowbit_layer_description* const layer = from.layer;
         gated = layer != nullptr && layer->activation >= 0;
-        blocks = gated ? layout.blocks / 2 : layout.blocks;
+        height = round != nullptr ? ROWS : layout.height;
+        blocks = (rows() + height - 1) / height;
         has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
         product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
         if (layout.outliers && round == nullptr) {
@@ -135,6 +136,7 @@ struct Prepared {
         }
     }
 
+    std::int64_t rows() const { return product->weight->rows / (gated ? 2 : 1); }  // of the result
     const float* row(std::int64_t token) const {
         const std::int64_t from = product->x_rows == nullptr ? token : product->x_rows[token];
         return product->x + from * product->x_stride;
@@ -191,7 +193,8 @@ struct Prepared {
     float* unrounded = nullptr;         // token tile by token tile: (column, token)
     float* factors = nullptr;  // (tokens,)
     float* offsets = nullptr;  // (tokens,): what all rows of a weight of row vectors have in common
-    std::int64_t blocks = 0;   // of the result
+    std::int64_t height = ROWS;  // rows of a block of the result: panels have 16, whatever the weight's have
+    std::int64_t blocks = 0;     // of the result
     std::int64_t token_tiles = 0;
     std::int64_t first_tokens = 0;  // groups of LAID_TOGETHER tokens of the products before
     std::int64_t chunk = 1, chunks = 1, first_task = 0;
@@ -342,12 +345,12 @@ Vector16 finished(const Prepared& p, Vector16 total, std::int64_t token, std::in
 
 // Writes what a block's totals of a token become. ``partner``: those of a gate's other half.
 void write_result(const Prepared& p, std::int64_t token, std::int64_t block, Vector16 total, Vector16 partner) {
-    const std::int64_t rows = p.product->weight->rows / (p.gated ? 2 : 1), row = block * p.layout.height;
-    const int lanes = static_cast<int>(std::min<std::int64_t>(p.layout.height, rows - row));
+    const std::int64_t row = block * p.height;
+    const int lanes = static_cast<int>(std::min(p.height, p.rows() - row));
     Vector16 value = finished(p, total, token, row, lanes);
     if (p.gated) {
         const auto activation = static_cast<Activation>(p.product->layer->activation);
-        value = lowbit::gated(value, finished(p, partner, token, rows + row, lanes), activation);
+        value = lowbit::gated(value, finished(p, partner, token, p.rows() + row, lanes), activation);
     }
     store_some(p.product->out + token * p.product->out_stride + row, value, lanes);
 }
@@ -397,6 +400,7 @@ std::uint8_t* aligned(std::vector<std::uint8_t>& memory, std::int64_t bytes) {
 constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is made of it, in a core's own cache
 
 constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;  // bytes: 16 rows of 32 columns as bfloat16, or of 64 bytes
+constexpr std::int64_t ROW_BYTES = 4, ROW_LINE = ROWS * ROW_BYTES;  // of a panel's numbers and scales, side by side
 constexpr std::int64_t PANELS = 1 << 20;                 // bytes of the blocks of a task, in a core's own cache
 constexpr std::int64_t TOKENS_OF_PIECES = 512;           // whose sums wait for the next columns
 
@@ -429,9 +433,9 @@ std::int64_t rounded_blocks(const Prepared& p) {
 Unwritten write_rounded(const Prepared& p, std::int64_t token, int tokens, std::int64_t block, bool both,
                         const float (*totals)[ROUNDED_TOKENS][ROWS], bool bytes) {
     const lowbit_layer_description* const layer = p.product->layer;
-    const std::int64_t row = block * p.layout.height, stride = p.product->out_stride;
+    const std::int64_t row = block * p.height, stride = p.product->out_stride;
     const bool plain = layer == nullptr || (layer->row_scale == nullptr && layer->bias == nullptr && !p.has_factors);
-    const bool whole = row + (p.gated || !both ? 1 : 2) * ROWS <= p.product->weight->rows / (p.gated ? 2 : 1);
+    const bool whole = row + (p.gated || !both ? 1 : 2) * ROWS <= p.rows();
     const bool silu = p.gated && static_cast<Activation>(layer->activation) == Activation::SILU;
     if (plain && whole && !bytes && p.layout.row_vectors == nullptr && (silu || !p.gated)) {
         return {totals, p.product->out + token * stride + row, stride, tokens, silu, both && !p.gated};
@@ -446,6 +450,27 @@ Unwritten write_rounded(const Prepared& p, std::int64_t token, int tokens, std::
     return {};
 }
 
+// Panels, ``stride`` bytes from one to the next, of rows first <= row < last of a weight whose blocks have fewer than 16
+// (vectors of 12 or 6 rows), so that all lanes count: blocks become panels in ``scratch``, and of each of their lines the
+// 32 bits of a row go where it belongs. Blocks on a border of tasks are made twice.
+void round_rows(const Prepared& p, std::int64_t first, std::int64_t last, std::uint8_t* scratch, std::uint8_t* panels,
+                std::int64_t stride) {
+    const std::int64_t height = p.layout.height, lines = panel_bytes(p) / ROW_LINE;
+    for (std::int64_t block = first / height; block * height < last; ++block) {
+        p.round(p.layout, p.product->weight->data + block * p.layout.block_bytes, p.decoding, scratch);
+        const std::int64_t end = std::min(last, (block + 1) * height);
+        for (std::int64_t row = std::max(first, block * height), count; row < end; row += count) {
+            const std::int64_t lane = (row - first) % ROWS;
+            count = std::min(ROWS - lane, end - row);
+            const std::uint8_t* from = scratch + (row - block * height) * ROW_BYTES;
+            std::uint8_t* to = panels + (row - first) / ROWS * stride + lane * ROW_BYTES;
+            for (std::int64_t line = 0; line < lines; ++line, from += ROW_LINE, to += ROW_LINE) {
+                std::memcpy(to, from, static_cast<std::size_t>(count * ROW_BYTES));
+            }
+        }
+    }
+}
+
 // A task of a product with prompts' tokens: some blocks, and all tokens. What tokens meet at a time are panels of two
 // blocks that a core's first cache holds, and for all blocks the x that its second does.
 void run_rounded(const Prepared& p, std::int64_t task) {
@@ -458,8 +483,15 @@ void run_rounded(const Prepared& p, std::int64_t task) {
         return p.product->weight->data + block * p.layout.block_bytes;
     };
     const bool as_they_lie = p.layout.codes == Codes::bf16 && !WORD_PANELS, bytes = p.shape.whole();
-    std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : blocks * panel);
-    for (std::int64_t i = 0; i < blocks && !as_they_lie; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
+    std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : (blocks + 1) * panel);
+    if (p.layout.height != ROWS) {
+        for (std::int64_t half = 0; half < halves; ++half) {
+            const std::int64_t begin = half * p.rows(), end = begin + std::min(last * ROWS, p.rows());
+            round_rows(p, begin + first * ROWS, end, panels + blocks * panel, panels + half * panel, halves * panel);
+        }
+    } else if (!as_they_lie) {
+        for (std::int64_t i = 0; i < blocks; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
+    }
     const std::int64_t pieces = (lines - 1) / MOST_PANEL_LINES + 1;
     // Whole spans of words' scales.
     const std::int64_t piece_lines = ((lines + pieces - 1) / pieces + WORD_PANEL_LINES - 1) / WORD_PANEL_LINES * WORD_PANEL_LINES;

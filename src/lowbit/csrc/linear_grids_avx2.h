@@ -28,6 +28,16 @@ INLINE __m256i spread_bits(const std::uint8_t* from) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
 }
 
+// BITS bits of a register from ``first`` on. Between its ends the compiler takes three instructions for that, up to 128 times
+// a tile; this one is BMI1's, which every processor with BMI2 has.
+template <int BITS>
+INLINE std::size_t bits_at(std::uint64_t from, int first) {
+    if (first == 0 || first + BITS == 64) return static_cast<std::size_t>(from >> first & ((1u << BITS) - 1));
+    std::uint64_t bits;
+    asm("bextr %2, %1, %0" : "=r"(bits) : "r"(from), "r"(static_cast<std::uint64_t>(first | BITS << 8)) : "cc");
+    return bits;
+}
+
 // The indices of a tile. Those of more than 8 bits are made words, in memory: read there as soon as they were written they
 // would take as long again as all else, so it is done a tile ahead.
 template <Codes CODES>
@@ -61,7 +71,7 @@ class GridIndices {
         std::uint64_t several;
         if constexpr (BYTES) std::memcpy(&several, tile + grid_place(line, half * 16 + first), sizeof several);
         else std::memcpy(&several, words_ + line / 2 * 64 + half * 32 + line % 2 * 16 + first, sizeof several);
-        return static_cast<std::size_t>(several >> (word - first) * BITS & ((1u << BITS) - 1));
+        return bits_at<BITS>(several, (word - first) * BITS);
     }
 
   private:

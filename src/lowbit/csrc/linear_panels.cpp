@@ -98,7 +98,7 @@ using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
 template <Codes CODES>
 void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
 #if !defined(LOWBIT_AVX512)
-    if constexpr (fits_f16(CODES)) {
+    if constexpr (is_byte_float(CODES)) {
         FaultyRows<CODES> rows;
         decode_halves(tile, rows, w);
         for (float(&column)[ROWS] : w.columns) sixteen_store(column, rows.finished(sixteen_load(column)));

@@ -350,7 +350,7 @@ void round_row_vectors(const Layout& layout, const std::uint8_t* block, const De
             decode_row_vectors(block, book, turns, w);
             block += Codebooks::BYTES;
         }
-        if (vectors.length != STRIDE) put_in_rows(vectors, w);
+        if (STRIDE < ROWS && vectors.length != STRIDE) put_in_rows(vectors, w);
         writer.put_words(w, one);
     }
 }

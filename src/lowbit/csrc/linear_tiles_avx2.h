@@ -66,15 +66,6 @@ inline __m256 eight_int8(const std::uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Sixteen sixteen_int8(const std::uint8_t* from) { return {eight_int8(from), eight_int8(from + 8)}; }
-// e5m2fnuz in 32-bit lanes -> floats, subnormals included.
-inline __m256 eight_e5m2fnuz(__m256i codes) {
-    constexpr Codes CODES = Codes::e5m2fnuz;
-    const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x7f)), magnitude_shift(CODES));
-    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
-    const __m256i faulty = _mm256_cmpeq_epi32(codes, _mm256_set1_epi32(0x80));  // all bits: NaN
-    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(magnitude_factor(CODES)));
-    return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, faulty)));
-}
 // Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
 inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), mask = _mm_set1_epi8(15);
@@ -102,10 +93,9 @@ INLINE Sixteen column_of(const BfloatTile& w) {
     return sixteen_load(w.columns[COLUMN]);
 }
 
-// 8-bit floats that are float16 numbers but for a power of two: bits only move, and the conversion of float16 takes
+// 8-bit floats are float16 numbers but for a power of two: bits only move, and the conversion of float16 takes
 // subnormal numbers at its usual speed, which as operands of float32 products cost some processors 150 cycles. The power
 // is left to the totals. What is NaN becomes a number, and the rows that have one are remembered instead.
-constexpr bool fits_f16(Codes codes) { return is_byte_float(codes) && codes != Codes::e5m2fnuz; }
 constexpr float f16_factor(Codes codes) { return codes == Codes::e4m3 ? 0x1p8f : codes == Codes::e4m3fnuz ? 0x1p7f : 1.0f; }
 
 // Rows that are NaN whatever they are multiplied with: codes of a block as far as it was read, two for a row.
@@ -116,7 +106,7 @@ class FaultyRows {
     INLINE void look(int half, __m256i codes) {
         __m256i& seen = seen_[half];
         if constexpr (CODES == Codes::e4m3) seen = _mm256_max_epu8(seen, _mm256_and_si256(codes, _mm256_set1_epi8(0x7f)));
-        if constexpr (CODES == Codes::e4m3fnuz) seen = _mm256_min_epi8(seen, codes);  // signed: -128
+        if constexpr (IS_FNUZ) seen = _mm256_min_epi8(seen, codes);  // signed: -128
     }
     // What totals in units of the codes' float16 numbers are worth.
     INLINE Sixteen finished(Sixteen total) const {
@@ -125,6 +115,8 @@ class FaultyRows {
     }
 
   private:
+    static constexpr bool IS_FNUZ = CODES == Codes::e4m3fnuz || CODES == Codes::e5m2fnuz;
+
     // All bits of those among eight rows.
     INLINE __m256 faulty(int half) const {
         if constexpr (CODES == Codes::e5m2) return _mm256_setzero_ps();
@@ -144,13 +136,23 @@ INLINE void operand_halves(const std::uint8_t* tile, int half, FaultyRows<CODES>
     const auto* const from = reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + half * 32);
     const __m256i codes = _mm256_permute4x64_epi64(_mm256_loadu_si256(from), 0xD8);
     rows.look(half, codes);
+    const __m256i upper_even = _mm256_slli_epi16(codes, 8);
+    const __m256i upper_odd = _mm256_and_si256(codes, _mm256_set1_epi16(static_cast<short>(0xff00)));
     if constexpr (CODES == Codes::e5m2) {
-        even = _mm256_slli_epi16(codes, 8);
-        odd = _mm256_and_si256(codes, _mm256_set1_epi16(static_cast<short>(0xff00)));
-    } else {  // 128 times a signed byte is the sign, the sign, and the other bits
-        const __m256i bits = _mm256_set1_epi16(static_cast<short>(0xBFFF));
-        even = _mm256_and_si256(_mm256_maddubs_epi16(_mm256_set1_epi16(0x0080), codes), bits);
-        odd = _mm256_and_si256(_mm256_maddubs_epi16(_mm256_set1_epi16(static_cast<short>(0x8000)), codes), bits);
+        even = upper_even;
+        odd = upper_odd;
+        return;
+    }
+    // 128 times a signed byte is the sign, the sign, and the other bits.
+    const __m256i bits = _mm256_set1_epi16(static_cast<short>(0xBFFF));
+    even = _mm256_and_si256(_mm256_maddubs_epi16(_mm256_set1_epi16(0x0080), codes), bits);
+    odd = _mm256_and_si256(_mm256_maddubs_epi16(_mm256_set1_epi16(static_cast<short>(0x8000)), codes), bits);
+    if constexpr (CODES == Codes::e5m2fnuz) {
+        // Half of an e5m2 number: one less in float16's exponent. Where none is left, the bits moved one place less are
+        // float16's subnormal number, and larger; elsewhere they are less. -0, which signs would mix up, does not occur.
+        const __m256i one = _mm256_set1_epi16(0x0400);
+        even = _mm256_max_epu16(even, _mm256_subs_epu16(upper_even, one));
+        odd = _mm256_max_epu16(odd, _mm256_subs_epu16(upper_odd, one));
     }
 }
 
@@ -177,6 +179,22 @@ INLINE Sixteen column_of(const HalvesTile& w) {
     const auto eight = [&](int half) __attribute__((always_inline)) {
         const std::uint16_t* const from = w.eights[operand_of(PAIR)][half][COLUMN % 2][side_of(PAIR)];
         return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+    };
+    return {eight(0), eight(1)};
+}
+
+// A tile of bfloat16 as it lies: a 32-bit lane holds a row's even and odd column.
+struct BfloatPairs {
+    const std::uint8_t* pairs;
+};
+
+template <int COLUMN>
+INLINE Sixteen column_of(const BfloatPairs& w) {
+    const auto eight = [&](int half) __attribute__((always_inline)) {
+        const auto* const from = reinterpret_cast<const __m256i*>(w.pairs + COLUMN / 2 * 64 + half * 32);
+        const __m256i both = _mm256_loadu_si256(from);
+        if constexpr (COLUMN % 2 == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
     };
     return {eight(0), eight(1)};
 }
@@ -235,10 +253,8 @@ INLINE __m256 byte_values(__m256i codes, const Table& table) {
     __m256i code = codes;
     if constexpr (BYTE < 3) code = _mm256_and_si256(_mm256_srli_epi32(codes, BYTE * 8), _mm256_set1_epi32(0xff));
     if constexpr (BYTE == 3) code = _mm256_srli_epi32(codes, 24);
-    static_assert(!fits_f16(CODES));
-    if constexpr (CODES == Codes::e5m2fnuz) {
-        return eight_e5m2fnuz(code);
-    } else if constexpr (is_byte(CODES)) {
+    static_assert(!is_byte_float(CODES));
+    if constexpr (is_byte(CODES)) {
         return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
     } else {
         if (CODES == Codes::bits7 || table.line) {
@@ -260,15 +276,10 @@ __attribute__((noinline)) void decode(const std::uint8_t* tile, const Table& tab
         alignas(32) std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
         expand_grid<CODES>(tile, table.behind, planes);
         decode<grid_of(CODES).planes()>(planes, table, w);
-    } else if constexpr (CODES == Codes::bf16) {  // a 32-bit lane holds a row's even and odd column
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            for (int half = 0; half < 2; ++half) {
-                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 64 + half * 32));
-                const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
-                _mm256_store_ps(&w.columns[pair * 2][half * 8], _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)));
-                _mm256_store_ps(&w.columns[pair * 2 + 1][half * 8], _mm256_castsi256_ps(odd));
-            }
-        }
+    } else if constexpr (CODES == Codes::bf16) {
+        each_constant<COLUMNS>([&](auto column) __attribute__((always_inline)) {
+            sixteen_store(w.columns[decltype(column)::value], column_of<decltype(column)::value>(BfloatPairs{tile}));
+        });
     } else {
         each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
             constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
@@ -322,8 +333,9 @@ inline void dot(const BfloatTile& w, const Bfloat16* x, std::int64_t stride, Six
     }
 }
 
-template <int FIRST, int COUNT, int TOKENS>
-INLINE void dot(const HalvesTile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
+// The same of a tile whose columns are made floats as they are multiplied.
+template <int FIRST, int COUNT, int TOKENS, class Tile>
+INLINE void dot(const Tile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
     UNROLL
     for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
     each_constant<COUNT>([&](auto index) __attribute__((always_inline)) {
