@@ -250,7 +250,7 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     from rich.table import Table
 
     from lowbit.commands.console import binary_size, console
-    from lowbit.kernels.prompt_rows import rounded_weights
+    from lowbit.engine.prompts import rounded_weights
 
     out, config = console(), plan.config
     out.print(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lowbit.kernels.prompt_rows import rounding
+from lowbit.kernels.prompt_rows import rounded_weights, rounding
 from lowbit.settings import Settings
+
+__all__ = ["rounded_weights", "rounds_prompts"]
 
 
 def rounds_prompts(settings: Settings, device: str) -> bool:
