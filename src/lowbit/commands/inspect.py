@@ -319,7 +319,7 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     elif settings.lm_head_screen != "off":
         out.print(escape(printable(f"no screen of the output head: {plan.no_screen}", 400)))
     if _rounds_prompts(settings, plan):
-        out.print(f"prompts: {rounded_weights()} for them, unless --exact-prompts")
+        out.print(f"prompts: {rounded_weights()}, unless --exact-prompts")
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
     if plan.state_bytes:
         states = plan.state_bytes * (settings.max_running_requests + 1)

@@ -35,10 +35,10 @@ def rounding(device: str) -> bool:
 
 
 def rounded_weights() -> str:
-    """What such kernels do, in words."""
+    """What such kernels do for these rows, in words."""
     if native.base_isa() in ("amx", "avx512"):
-        return "weights with a scale for every few columns are rounded to bfloat16"
-    return "weights, unless int8 ones meet int8 inputs, are rounded to 12 bits"
+        return "weights with a scale for every few columns are rounded to bfloat16 for them"
+    return "weights are rounded to 12 bits for them (but int8 that meets int8 inputs)"
 
 
 @contextmanager
