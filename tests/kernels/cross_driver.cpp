@@ -192,7 +192,7 @@ void multiply(lowbit_weight& weight, std::int64_t columns, const char* name) {
         }
         const auto codes = static_cast<Codes>(weight.codes);
         const bool coded = is_vectors(codes) || is_trellis(codes) || weight.row_vectors != nullptr;
-        if (kind == 0 && !coded) by_columns(weight, rows, x, columns, name);
+        if (kind == 0 && !coded && weight.outlier_starts == nullptr) by_columns(weight, rows, x, columns, name);
     }
     seed = before;
 }
@@ -277,7 +277,8 @@ void linear(const Case& c) {
     }
     weight.outlier_starts = c.outliers ? starts.data() : nullptr;
     weight.outliers = outliers.data();
-    multiply(weight, columns, c.outliers ? std::string(name) + " outliers" : name);
+    const std::string said = std::string(name) + (c.outliers ? " outliers" : "");
+    multiply(weight, columns, said.c_str());
 }
 
 // Sums of codebooks' vectors: a block's scales, then indices of any tile.

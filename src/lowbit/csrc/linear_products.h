@@ -20,7 +20,7 @@ struct Product {
     float* out;
     std::int64_t out_stride;
     const lowbit_layer_description* layer = nullptr;  // what is done to x before and to the product after
-    const lowbit_column_weight* by_columns = nullptr;  // the weight with scales of its columns; it then has no layer
+    const lowbit_column_weight* by_columns = nullptr;  // the weight with scales of its columns; no layer then, no outliers
     bool prompts = false;  // x is of prompts' tokens: the weight may be rounded to bfloat16 (linear_amx_panels.cpp)
 };
 
