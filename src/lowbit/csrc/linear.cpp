@@ -274,7 +274,7 @@ inline std::int64_t place_of(const Prepared& p, const Input& input, int i) {
     return static_cast<std::int64_t>(i) * (p.tiles != nullptr ? TOKEN_TILE : input.tokens);
 }
 
-inline float add(float a, float b) { return a + b; }
+inline float add(float a, float b) { return a + b; }  // as of 16 numbers
 // A row's outliers times x: times(outlier, sum) adds a product. Every other one has another sum, as a product waits for the
 // one before.
 template <class Sum, class Times>

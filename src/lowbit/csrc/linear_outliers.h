@@ -4,9 +4,9 @@
 //
 //     weight = (code - zero) * scale [+ outlier]
 //
-// with every result rounded to float16, and so does a row that is looked up. Products leave these roundings out, which are
-// a quarter of what bfloat16 costs x: codes meet x as any others do under scales and zero points, and outliers, a few in a
-// hundred weights, meet x in float32 beside them.
+// with every result rounded to float16, by at most 2^-11 of it, and so does a row that is looked up. Products leave these
+// roundings out, half of what bfloat16 costs x: codes meet x as any others do under scales and zero points, and outliers, a
+// few in a hundred weights, meet x in float32 beside them.
 #pragma once
 
 #include "linear_layout.h"

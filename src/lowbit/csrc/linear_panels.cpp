@@ -59,7 +59,6 @@ constexpr bool in_least_groups(Codes codes) {
 
 template <Codes CODES, int SUB, Addend ADDEND>
 void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
     Walk walk(layout, block);
     PanelWriter writer(panel);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
@@ -70,8 +69,9 @@ void round_block(const Layout& layout, const std::uint8_t* block, const Decoding
         writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
             constexpr int PAIR = decltype(number)::value, PART = PAIR * (COLUMNS / SUB) / PAIRS;
             const Sixteen scale = walk.scale[PART], addend = walk.addend[PART];
-            even = weight_of<ADDEND>(_mm512_castsi512_ps(_mm512_slli_epi32(w[PAIR], 16)), scale, addend);
-            odd = weight_of<ADDEND>(_mm512_castsi512_ps(_mm512_and_si512(w[PAIR], upper)), scale, addend);
+            columns_of(w, PAIR, even, odd);
+            even = weight_of<ADDEND>(even, scale, addend);
+            odd = weight_of<ADDEND>(odd, scale, addend);
         });
     }
 }
