@@ -40,6 +40,7 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
     if takes(packed.description, INPUT_WORDS):
         fmt = packed.scheme.weight
         wide = fmt.name in ("nf4", "fp4_bnb") or fmt.vectors is not None
+        wide = wide or (fmt.name == "e3m2" and native.base_isa() == "avx512_vnni")
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)

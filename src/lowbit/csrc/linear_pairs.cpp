@@ -416,7 +416,7 @@ BlocksFunction word_tiles(const Layout& layout, const WordCodes& codes, std::int
     if (!pairs_are_faster(tokens) || layout.scales == Scales::none) return nullptr;
     if (layout.codes == Codes::e8p) return multiply_pair<Words<true>, COLUMNS, Addend::none>;
     if (CODES_AS_WORDS && (codes.kind == WordKind::line || codes.kind == WordKind::bytes)) return by_sub<Words<true>>(layout);
-    const bool table = layout.codes == Codes::words4 || layout.codes == Codes::bits4;
+    const bool table = layout.codes == Codes::words4 || layout.codes == Codes::bits4 || layout.codes == Codes::bits6;
     return table && codes.kind == WordKind::wide ? by_sub<Words<false>>(layout) : nullptr;
 }
 

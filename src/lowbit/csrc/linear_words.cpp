@@ -386,6 +386,9 @@ BlockFunction wide_function(const Layout& layout) {
     if constexpr (CODES_AS_WORDS) {
         if (layout.codes == Codes::bits4) return by_sub<Codes::bits4, WordKind::wide>(layout);
     }
+    if constexpr (CODES_AS_WORDS && LARGEST_WIDE_TABLE == 64) {
+        if (layout.codes == Codes::bits6) return without_addend<Codes::bits6, WordKind::wide>(layout);
+    }
     return nullptr;
 }
 

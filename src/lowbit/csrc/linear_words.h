@@ -22,8 +22,13 @@ constexpr bool CODES_AS_WORDS = true;
 #endif
 
 constexpr int LARGEST_VALUE = (1 << 12) - 1;  // of a table
+#if defined(LOWBIT_AVX512)
+constexpr int LARGEST_WIDE_TABLE = 64;  // of words that are looked up
+#else
+constexpr int LARGEST_WIDE_TABLE = 16;
+#endif
 
-// line: a code is worth base + code. bytes: base + a byte that is looked up. wide: 16 numbers of 13 bits. trellis: numbers
+// line: a code is worth base + code. bytes: base + a byte that is looked up. wide: numbers of 13 bits. trellis: numbers
 // of 14 bits. pairs: numbers of two tables, added. signs (AVX2): codes of 6 bits, whose last one is a sign; the bit before it
 // chooses one of two tables of 16 numbers, of which the second's are multiplied with a power of two.
 enum class WordKind { none, line, bytes, wide, trellis, pairs, signs };
@@ -184,7 +189,7 @@ struct WordCodes {
             if (most - least <= 255.0f && least >= -256.0f) {
                 kind = WordKind::bytes;
                 base = static_cast<int>(least);
-            } else if (count == 16 && least >= -limit && most <= limit) {
+            } else if (count <= LARGEST_WIDE_TABLE && least >= -limit && most <= limit) {
                 kind = WordKind::wide;
             } else {
                 return;
