@@ -14,6 +14,7 @@ from contract.test_linear_kernels import CPU, by_columns, canonical, in_tiles, n
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.cpu_columns import ColumnsWeight, CpuColumns
+from lowbit.kernels.prompt_rows import prompt_rows, rounding
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
 from lowbit.loading.self_check import check_packed
@@ -97,6 +98,44 @@ def test_faults_end_their_own_row() -> None:
         found = KERNEL.linear(bad, packed)
         rest = [row for row in range(9) if row != 3]
         assert not found[3].isfinite().any() and torch.equal(found[rest], clean[rest])
+
+
+PROMPTED = {
+    "all rows": lambda: by_columns("uint4", 0, shape=(72, 100)),
+    "rows apart, no whole blocks": lambda: by_columns("uint3", 24, "f32", shape=(70, 300), apart=True),
+    "neighbours": lambda: by_columns("uint8", 64, "bf16", shape=(250, 160)),
+    "of 20 rows": lambda: by_columns("uint2", 20, shape=(70, 96)),
+    "8-bit floats, no zero points": lambda: by_columns("e4m3", 16, zero=False, shape=(64, 96)),
+    "tiles": lambda: in_tiles("uint4", 64, 48, (128, 256)),
+}
+
+
+@pytest.mark.skipif(not rounding("cpu"), reason="no kernel rounds here")
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_meet_weights_with_their_columns_scales(name: str) -> None:
+    """Rounded as other weights are; a row in any company, with any number of threads, a NaN in its own row."""
+    weight = PROMPTED[name]()
+    packed = KERNEL.pack(weight, CPU)
+    x = torch.randn(70, weight.shape[1], generator=torch.Generator().manual_seed(2))
+    stored, wanted = KERNEL.linear(x, packed), x.double() @ weight.dequantize().double().T
+    with prompt_rows(0, 70):
+        found = KERNEL.linear(x, packed)
+    off = float((found - wanted).norm() / wanted.norm())
+    assert off < 4e-3 and not torch.equal(found, stored), off
+    try:
+        for threads in (1, 3):
+            native.set_threads(threads)
+            for count in (1, 15, 33):
+                with prompt_rows(0, count):
+                    assert torch.equal(KERNEL.linear(x[:count], packed), found[:count]), (threads, count)
+            with prompt_rows(40, 70):
+                assert torch.equal(KERNEL.linear(x, packed), torch.cat((stored[:40], found[40:]))), threads
+    finally:
+        native.set_threads(2)
+    x[60, 3] = float("nan")
+    with prompt_rows(0, 70):
+        damaged = KERNEL.linear(x, packed)
+    assert damaged[60].isnan().all() and torch.equal(damaged[61:], found[61:])
 
 
 def test_a_step_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,11 @@ struct Prepared {
         token_tiles = (from.tokens + tile_tokens - 1) / tile_tokens;
         const lowbit_layer_description* const layer = from.layer;
         gated = layer != nullptr && layer->activation >= 0;
-        height = round != nullptr ? ROWS : layout.height;
+        height = in_panels() ? ROWS : layout.height;
         blocks = (rows() + height - 1) / height;
         has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
         product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
-        if (layout.outliers && round == nullptr) {
+        if (layout.outliers && !in_panels()) {
             const std::int64_t lanes = from.tokens == 1 ? 1 : (from.tokens + ROWS - 1) / ROWS * ROWS;
             unrounded_size = (lanes * layout.tiles * COLUMNS * static_cast<std::int64_t>(sizeof(float)) + 63) / 64 * 64;
         }
@@ -51,7 +51,10 @@ struct Prepared {
 
     // The kernel, and what it makes of x that comes as ``kind``.
     void choose_kernel(InputKind kind) {
-        if (product->prompts && (kind == InputKind::bfloat || kind == InputKind::scaled)) {
+        if (product->prompts && product->by_columns != nullptr) {
+            if (kind == InputKind::bfloat) round_columns = round_columns_function(layout);
+            if (round_columns != nullptr) return take_panels();
+        } else if (product->prompts && (kind == InputKind::bfloat || kind == InputKind::scaled)) {
             round = round_function(layout, decoding.words, product->layer != nullptr && product->layer->quantizer != nullptr);
             if (round == nullptr && !CODES_HAVE_TILES) take_codes();
         }
@@ -136,6 +139,7 @@ struct Prepared {
         }
     }
 
+    bool in_panels() const { return round != nullptr || round_columns != nullptr; }
     std::int64_t rows() const { return product->weight->rows / (gated ? 2 : 1); }  // of the result
     const float* row(std::int64_t token) const {
         const std::int64_t from = product->x_rows == nullptr ? token : product->x_rows[token];
@@ -180,6 +184,7 @@ struct Prepared {
     BlocksFunction tiles = nullptr;  // if not, ``function``
     BlockFunction function = nullptr;
     RoundFunction round = nullptr;   // if not, these
+    RoundColumnsFunction round_columns = nullptr;  // the same of a weight with scales of columns
     bool scaled_after = false;       // of codes alone
     bool requantized = false;        // x meets them as what its codes and scales are worth
     int tile_tokens = TOKEN_TILE;    // of which x is laid out together
@@ -428,12 +433,43 @@ std::int64_t rounded_blocks(const Prepared& p) {
     return chosen;
 }
 
+// What columns of the rows of ``group`` share.
+ColumnScales scales_of(const lowbit_column_weight& w, const Layout& layout, std::int64_t group) {
+    const std::int64_t first = group * layout.tiles * COLUMNS * number_bytes(static_cast<Scales>(w.kind));
+    const auto of_group = [&](const void* all) { return all == nullptr ? nullptr : static_cast<const std::uint8_t*>(all) + first; };
+    return {of_group(w.scales), of_group(w.zeros)};
+}
+
+// The group whose rows block ``block`` has.
+std::int64_t group_of(const lowbit_column_weight& w, std::int64_t block) {
+    return std::upper_bound(w.first_block, w.first_block + w.groups + 1, block) - w.first_block - 1;
+}
+
+// Writes a token's results of such a block.
+void write_rows(const lowbit_column_weight& w, std::int64_t group, std::int64_t block, Vector16 total, float* out) {
+    const std::int64_t row = w.first_row[group] + (block - w.first_block[group]) * ROWS;
+    const int lanes = static_cast<int>(std::min<std::int64_t>(ROWS, w.first_row[group + 1] - row));
+    if (w.places == nullptr) return store_some(out + row, total, lanes);
+    alignas(64) float results[ROWS];
+    store(results, total);
+    for (int lane = 0; lane < lanes; ++lane) out[w.places[row + lane]] = results[lane];
+}
+
 // What the totals of some tokens and of two blocks that follow each other become, or those of a gate and its partner: most
 // layers' may be written later, others are written here.
 Unwritten write_rounded(const Prepared& p, std::int64_t token, int tokens, std::int64_t block, bool both,
                         const float (*totals)[ROUNDED_TOKENS][ROWS], bool bytes) {
     const lowbit_layer_description* const layer = p.product->layer;
     const std::int64_t row = block * p.height, stride = p.product->out_stride;
+    if (const lowbit_column_weight* const w = p.product->by_columns; w != nullptr) {
+        for (int k = 0; k < (both ? 2 : 1); ++k) {
+            const std::int64_t group = group_of(*w, block + k);
+            for (int t = 0; t < tokens; ++t) {
+                write_rows(*w, group, block + k, load(totals[k][t]), p.product->out + (token + t) * stride);
+            }
+        }
+        return {};
+    }
     const bool plain = layer == nullptr || (layer->row_scale == nullptr && layer->bias == nullptr && !p.has_factors);
     const bool whole = row + (p.gated || !both ? 1 : 2) * ROWS <= p.rows();
     const bool silu = p.gated && static_cast<Activation>(layer->activation) == Activation::SILU;
@@ -471,6 +507,13 @@ void round_rows(const Prepared& p, std::int64_t first, std::int64_t last, std::u
     }
 }
 
+void make_panel(const Prepared& p, std::int64_t block, std::uint8_t* panel) {
+    const std::uint8_t* const at = p.product->weight->data + block * p.layout.block_bytes;
+    if (p.round_columns == nullptr) return p.round(p.layout, at, p.decoding, panel);
+    const lowbit_column_weight& w = *p.product->by_columns;
+    p.round_columns(p.layout, at, p.decoding, static_cast<Scales>(w.kind), scales_of(w, p.layout, group_of(w, block)), panel);
+}
+
 // A task of a product with prompts' tokens: some blocks, and all tokens. What tokens meet at a time are panels of two
 // blocks that a core's first cache holds, and for all blocks the x that its second does.
 void run_rounded(const Prepared& p, std::int64_t task) {
@@ -478,10 +521,8 @@ void run_rounded(const Prepared& p, std::int64_t task) {
     const std::int64_t first = task * p.chunk, last = std::min(p.blocks, first + p.chunk), tokens = p.product->tokens;
     const std::int64_t lines = p.lines(), panel = panel_bytes(p), halves = p.gated ? 2 : 1;
     const std::int64_t blocks = (last - first) * halves;
-    const auto block_at = [&](std::int64_t i) {
-        const std::int64_t block = first + i / halves + i % halves * p.blocks;
-        return p.product->weight->data + block * p.layout.block_bytes;
-    };
+    const auto block_number = [&](std::int64_t i) { return first + i / halves + i % halves * p.blocks; };
+    const auto block_at = [&](std::int64_t i) { return p.product->weight->data + block_number(i) * p.layout.block_bytes; };
     const bool as_they_lie = p.layout.codes == Codes::bf16 && !WORD_PANELS, bytes = p.shape.whole();
     std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : (blocks + 1) * panel);
     if (p.layout.height != ROWS) {
@@ -490,7 +531,7 @@ void run_rounded(const Prepared& p, std::int64_t task) {
             round_rows(p, begin + first * ROWS, end, panels + blocks * panel, panels + half * panel, halves * panel);
         }
     } else if (!as_they_lie) {
-        for (std::int64_t i = 0; i < blocks; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
+        for (std::int64_t i = 0; i < blocks; ++i) make_panel(p, block_number(i), panels + i * panel);
     }
     const std::int64_t pieces = (lines - 1) / MOST_PANEL_LINES + 1;
     // Whole spans of words' scales.
@@ -557,15 +598,10 @@ void run_columns(const Prepared& p, const lowbit_column_weight& w, std::int64_t 
     static thread_local std::vector<std::uint8_t> workspace;
     const InputPlaces places = p.places(aligned(workspace, p.bytes(tokens)), tokens, 0, tokens);
     alignas(64) float zero_sums[TOKEN_TILE];
-    const auto kind = static_cast<Scales>(w.kind);
-    const std::int64_t numbers = group * p.layout.tiles * COLUMNS * number_bytes(kind);
-    const auto of_group = [&](const void* all) {
-        return all == nullptr ? nullptr : static_cast<const std::uint8_t*>(all) + numbers;
-    };
     const float* x[TOKEN_TILE];
     for (int t = 0; t < tokens; ++t) x[t] = p.row(first_token + t);
-    const ColumnRows rows{x, {of_group(w.scales), of_group(w.zeros)}, p.shape, places, zero_sums};
-    lay_out_columns(kind, rows, p.layout.addend != Addend::none);
+    const ColumnRows rows{x, scales_of(w, p.layout, group), p.shape, places, zero_sums};
+    lay_out_columns(static_cast<Scales>(w.kind), rows, p.layout.addend != Addend::none);
     const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
     alignas(64) Totals totals;
     const std::int64_t together = p.tiles != nullptr ? BLOCKS_TOGETHER : 1;
@@ -574,26 +610,17 @@ void run_columns(const Prepared& p, const lowbit_column_weight& w, std::int64_t 
         blocks = static_cast<int>(std::min(together, last_block - block));
         multiply_blocks(p, block, blocks, 0, input, nullptr, totals);
         for (int i = 0; i < blocks; ++i) {
-            const std::int64_t row = w.first_row[group] + (block + i - w.first_block[group]) * ROWS;
-            const int lanes = static_cast<int>(std::min<std::int64_t>(ROWS, w.first_row[group + 1] - row));
             for (int t = 0; t < tokens; ++t) {
                 Vector16 total = load(totals[place_of(p, input, i) + t]);
                 if (w.zeros != nullptr) total = subtract(total, broadcast(zero_sums[t]));
-                float* const out = p.product->out + (first_token + t) * p.product->out_stride;
-                if (w.places == nullptr) {
-                    store_some(out + row, total, lanes);
-                    continue;
-                }
-                alignas(64) float results[ROWS];
-                store(results, total);
-                for (int lane = 0; lane < lanes; ++lane) out[w.places[row + lane]] = results[lane];
+                write_rows(w, group, block + i, total, p.product->out + (first_token + t) * p.product->out_stride);
             }
         }
     }
 }
 
-void multiply_columns(const Product& product) {
-    const Prepared p(product);
+void multiply_columns(const Prepared& p) {
+    const Product& product = *p.product;
     const lowbit_column_weight& w = *product.by_columns;
     std::int64_t together = TOKEN_TILE;
     while (together > TOKEN_TILE / 4 && together * p.layout.tiles * COLUMNS * 6 > CACHED_INPUT) together /= 2;
@@ -642,11 +669,12 @@ struct Call {
         std::int64_t made = 0;
         for (std::int64_t i = 0; i < count; ++i) {
             if (products[i].tokens == 0) continue;
-            if (products[i].by_columns != nullptr) {
-                multiply_columns(products[i]);
+            Prepared& p = all.emplace_back(products[i]);
+            if (products[i].by_columns != nullptr && !p.in_panels()) {
+                multiply_columns(p);
+                all.pop_back();
                 continue;
             }
-            Prepared& p = all.emplace_back(products[i]);
             // A mixture's experts are many: what is beyond, multiplies.
             if (made + p.product_size > MOST_PRODUCTS) p.product_size = 0;
             made += p.product_size;
@@ -676,11 +704,11 @@ struct Call {
             p.factors = factor;
             p.offsets = factor + p.product->tokens;
             factor += 2 * p.product->tokens;
-            p.chunk = p.round != nullptr ? rounded_blocks(p) : std::min(together, p.blocks);
+            p.chunk = p.in_panels() ? rounded_blocks(p) : std::min(together, p.blocks);
             if (p.product_size != 0) p.chunk = (p.chunk + LOOKED_UP_TOGETHER - 1) / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
             p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
             p.first_task = tasks;
-            tasks += p.chunks * (p.round != nullptr ? 1 : p.token_tiles);
+            tasks += p.chunks * (p.in_panels() ? 1 : p.token_tiles);
         }
     }
 
@@ -722,7 +750,7 @@ void multiply(const Product* products, std::int64_t count) {
     call.make_products();
     parallel_ranges(call.tasks, [&call = call](std::int64_t task) {
         const Prepared& p = holder<&Prepared::first_task>(call.all, task);
-        (p.round != nullptr ? run_rounded : run_task)(p, task - p.first_task);
+        (p.in_panels() ? run_rounded : run_task)(p, task - p.first_task);
     });
     release_tiles();
 }
@@ -756,9 +784,9 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std
 
 // The same of a weight whose groups of rows have scales of their own for x's columns.
 LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
-                                        std::int64_t x_stride, float* out, std::int64_t out_stride) {
+                                        std::int64_t x_stride, float* out, std::int64_t out_stride, std::int64_t prompts) {
     return multiply_one({weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride, nullptr, weight},
-                        tokens);
+                        prompts);
 }
 
 // The same as lowbit_linear with what a layer does before and behind: out (tokens, weight->rows), half as wide where it is

@@ -21,6 +21,16 @@ struct ColumnScales {
 // Bytes of one.
 constexpr std::int64_t number_bytes(Scales kind) { return kind == Scales::f32 ? 4 : 2; }
 
+// A block's rows as RoundFunction has them, with such scales in them. Null where there is none for the codes.
+// linear_panels.cpp
+using RoundColumnsFunction = void (*)(const Layout& layout, const std::uint8_t* block, const Decoding&, Scales kind,
+                                      const ColumnScales&, std::uint8_t* panel);
+#if defined(__AVX2__)
+RoundColumnsFunction round_columns_function(const Layout& layout);
+#else
+inline RoundColumnsFunction round_columns_function(const Layout&) { return nullptr; }
+#endif
+
 template <Scales KIND>
 INLINE Sixteen read_columns(const std::uint8_t* numbers, std::int64_t column) {
     return read_sixteen<KIND>(numbers + column * number_bytes(KIND));
@@ -176,13 +186,19 @@ void lay_out_columns(const ColumnRows& rows, bool sums) {
     lay_out_scaled<KIND>(rows);
 }
 
+// with(kind of the columns' scales) as a constant.
+template <class With>
+INLINE void by_column_kind(Scales kind, const With& with) {
+    switch (kind) {
+        case Scales::f16: return with(std::integral_constant<Scales, Scales::f16>{});
+        case Scales::bf16: return with(std::integral_constant<Scales, Scales::bf16>{});
+        default: return with(std::integral_constant<Scales, Scales::f32>{});
+    }
+}
+
 // x of all tokens of ``rows.to``. ``sums``: whether the kernel reads those of x.
 inline void lay_out_columns(Scales kind, const ColumnRows& rows, bool sums) {
-    switch (kind) {
-        case Scales::f16: return lay_out_columns<Scales::f16>(rows, sums);
-        case Scales::bf16: return lay_out_columns<Scales::bf16>(rows, sums);
-        default: return lay_out_columns<Scales::f32>(rows, sums);
-    }
+    by_column_kind(kind, [&](auto constant) { lay_out_columns<decltype(constant)::value>(rows, sums); });
 }
 
 }  // namespace lowbit

@@ -148,15 +148,9 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
 
 #if defined(__AVX2__) && !defined(LOWBIT_AVX512)
 
-// So many tokens meet 16-bit floats, converted for each few of them; for more a tile is made floats once. With scales of x
-// 32 tokens took 3 % longer.
-constexpr int most_of_halves(bool x_scaled) { return x_scaled ? 8 : 32; }
-
-void multiply_bfloats(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+// Tiles of 16-bit floats are converted anew for each few tokens: as floats they would be twice as much to read for all.
+void multiply_bfloats(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                       float (*totals)[ROWS]) {
-    if (x.tokens > most_of_halves(false)) {
-        return multiply_block<Codes::bf16, COLUMNS, Addend::none, false>(layout, block, decoding, x, totals);
-    }
     const Walk walk(layout, block);  // without scales
     const Ahead ahead(x.tokens);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
@@ -210,15 +204,9 @@ void multiply_byte_floats(const Layout& layout, const std::uint8_t* block, const
         const std::uint8_t* const codes = walk.next<CODES, SUB, Addend::none>();
         ahead.fetch(codes, tile_bytes(CODES));
         if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-        if (x.tokens <= most_of_halves(X_SCALED)) {
-            HalvesTile w;
-            decode_halves<CODES>(codes, rows, w);
-            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
-        } else {
-            BfloatTile w;
-            decode_halves<CODES>(codes, rows, w);
-            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
-        }
+        HalvesTile w;
+        decode_halves<CODES>(codes, rows, w);
+        multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
     }
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], rows.finished(sixteen_load(totals[t])));
 }

@@ -9,6 +9,7 @@
 // one by one the rounding would cost more than it saves: whose a row is decides, never how many there are.
 #include "linear_rounded.h"
 
+#include "linear_columns.h"
 #include "linear_outliers.h"
 
 #if defined(__AVX2__)
@@ -48,6 +49,38 @@ INLINE void columns_of(const BfloatTile& w, int pair, Sixteen& even, Sixteen& od
     even = sixteen_load(w.columns[pair * 2]);
     odd = sixteen_load(w.columns[pair * 2 + 1]);
 #endif
+}
+
+// A tile is decoded to memory first, whatever its codes: all tokens of a step share what that costs.
+using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
+
+template <Codes CODES>
+void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+#if !defined(LOWBIT_AVX512)
+    if constexpr (is_byte_float(CODES)) {
+        FaultyRows<CODES> rows;
+        HalvesTile halves;
+        decode_halves(tile, rows, halves);
+        each_constant<COLUMNS>([&](auto number) __attribute__((always_inline)) {
+            constexpr int COLUMN = decltype(number)::value;
+            sixteen_store(w.columns[COLUMN], rows.finished(column_of<COLUMN>(halves)));
+        });
+    } else
+#endif
+        decode<CODES>(tile, table, w);
+}
+
+// Null for codes that are no numbers by themselves.
+Decode decode_function(Codes codes) {
+    return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode_numbers<decltype(constant)::value>; });
+}
+
+INLINE void decode_ahead(Decode decode, const std::uint8_t* codes, [[maybe_unused]] std::int64_t bytes,
+                         const Decoding& decoding, BfloatTile& w) {
+#if defined(LOWBIT_AVX512)
+    fetch_tile(codes + ROUNDED_AHEAD, bytes);
+#endif
+    decode(codes, decoding.table, w);
 }
 
 #if defined(__AVX512BF16__)
@@ -91,34 +124,6 @@ void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& 
 }
 
 #else
-
-// A tile is decoded to memory first, whatever its codes: all tokens of a step share what that costs.
-using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
-
-template <Codes CODES>
-void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
-#if !defined(LOWBIT_AVX512)
-    if constexpr (is_byte_float(CODES)) {
-        FaultyRows<CODES> rows;
-        decode_halves(tile, rows, w);
-        for (float(&column)[ROWS] : w.columns) sixteen_store(column, rows.finished(sixteen_load(column)));
-    } else
-#endif
-        decode<CODES>(tile, table, w);
-}
-
-// Null for codes that are no numbers by themselves.
-Decode decode_function(Codes codes) {
-    return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode_numbers<decltype(constant)::value>; });
-}
-
-INLINE void decode_ahead(Decode decode, const std::uint8_t* codes, [[maybe_unused]] std::int64_t bytes,
-                         const Decoding& decoding, BfloatTile& w) {
-#if defined(LOWBIT_AVX512)
-    fetch_tile(codes + ROUNDED_AHEAD, bytes);
-#endif
-    decode(codes, decoding.table, w);
-}
 
 template <Addend ADDEND>
 void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -209,6 +214,40 @@ void round_plain_halves(const Layout& layout, const std::uint8_t* block, const D
     }
 }
 
+// Codes with a scale, and perhaps a zero point, of each column beside those of their own.
+template <Addend ADDEND>
+void round_columns(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, Scales kind,
+                   const ColumnScales& columns, std::uint8_t* panel) {
+    const Decode decode = decode_function(layout.codes);
+    const std::int64_t bytes = tile_bytes(layout.codes);
+    const int pairs = layout.sub / 2;  // that share a scale
+    Walk walk(layout, block);
+    PanelWriter writer(panel);
+    BfloatTile w;
+    alignas(64) float scales[COLUMNS], zeros[COLUMNS] = {};
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        decode_ahead(decode, walk.next(), bytes, decoding, w);
+        by_column_kind(kind, [&](auto constant) {
+            for (int half = 0; half < COLUMNS; half += 16) {
+                const auto read = [&](const std::uint8_t* from) { return read_columns<decltype(constant)::value>(from, tile * COLUMNS + half); };
+                sixteen_store(scales + half, read(columns.scales));
+                if (columns.zeros != nullptr) sixteen_store(zeros + half, read(columns.zeros));
+            }
+        });
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(number)::value;
+            const Sixteen scale = walk.scale[PAIR / pairs], addend = walk.addend[PAIR / pairs];
+            const auto worth = [&](Sixteen number_of, int column) __attribute__((always_inline)) {
+                const Sixteen weight = sixteen_add(weight_of<ADDEND>(number_of, scale, addend), sixteen_set(-zeros[column]));
+                return sixteen_multiply(weight, sixteen_set(scales[column]));
+            };
+            columns_of(w, PAIR, even, odd);
+            even = worth(even, PAIR * 2);
+            odd = worth(odd, PAIR * 2 + 1);
+        });
+    }
+}
+
 // Codes with outliers, which are put in one by one.
 void round_with_outliers(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
     const lowbit_weight& weight = *decoding.weight;
@@ -286,6 +325,16 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words, bool 
     }
     return nullptr;
 #endif
+}
+
+RoundColumnsFunction round_columns_function(const Layout& layout) {
+    if (decode_function(layout.codes) == nullptr || layout.scales == Scales::none) return nullptr;
+    switch (layout.addend) {
+        case Addend::none: return round_columns<Addend::none>;
+        case Addend::offset: return round_columns<Addend::offset>;
+        case Addend::zero: return round_columns<Addend::zero>;
+    }
+    return nullptr;
 }
 
 #if defined(__AVX512BF16__)

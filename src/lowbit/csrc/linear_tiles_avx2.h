@@ -210,19 +210,6 @@ INLINE void decode_halves(const std::uint8_t* tile, FaultyRows<CODES>& rows, Hal
     asm volatile("" : "+m"(w));
 }
 
-// Floats in units of f16_factor.
-template <Codes CODES>
-__attribute__((noinline)) void decode_halves(const std::uint8_t* tile, FaultyRows<CODES>& rows, BfloatTile& w) {
-    each_operand_halves<CODES>(tile, rows, [&](auto operand, auto half, __m256i even, __m256i odd) __attribute__((always_inline)) {
-        constexpr int OPERAND = decltype(operand)::value, ROW = decltype(half)::value * 8;
-        constexpr int FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
-        _mm256_store_ps(&w.columns[FIRST][ROW], _mm256_cvtph_ps(_mm256_castsi256_si128(even)));
-        _mm256_store_ps(&w.columns[SECOND][ROW], _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)));
-        _mm256_store_ps(&w.columns[FIRST + 1][ROW], _mm256_cvtph_ps(_mm256_castsi256_si128(odd)));
-        _mm256_store_ps(&w.columns[SECOND + 1][ROW], _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)));
-    });
-}
-
 // The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
 // ones. ``at``: 32 for the second 8 rows.
 template <Codes CODES, int OPERAND>

@@ -205,7 +205,7 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std
                                 std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride,
                                 std::int64_t prompts);
 LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
-                                        std::int64_t x_stride, float* out, std::int64_t out_stride);
+                                        std::int64_t x_stride, float* out, std::int64_t out_stride, std::int64_t prompts);
 LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride,
                                std::int64_t prompts);

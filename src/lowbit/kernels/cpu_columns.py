@@ -10,6 +10,7 @@ A group's rows lie together, filled up to whole blocks of 16, and for each group
 before it meets codes that have none (SINQ: those of their groups). X is rounded as any kernel here rounds its
 input (bfloat16; whole numbers of 16 bits where processors have none): x itself is not, so that it is rounded
 once. The second sum is float32 and the same for all rows of a group. Codes are cpu_blocks', in its layout.
+Prompts' tokens meet weights, scales of columns in them, as they do everywhere (prompt_rows).
 
     buffers   data, table          cpu_blocks', of the rows group by group
               column_scale         (groups, columns of whole tiles), as stored; zeros behind the last column
@@ -33,6 +34,7 @@ from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import COLUMNS, ROWS, SCALE_KINDS, NativeWeight
+from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.step_plan import Operation, native_operation, no_memory
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -55,7 +57,7 @@ class _Description(ctypes.Structure):
 @cache
 def _operation() -> Operation | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    arguments = (pointer, pointer, number, number, pointer, number)
+    arguments = (pointer, pointer, number, number, pointer, number, number)
     return native_operation("linear_columns", arguments, no_memory("for a product's input"))
 
 
@@ -215,6 +217,7 @@ class CpuColumns(NativeKernel):
             x.stride(0),
             out.data_ptr(),
             out.stride(0),
+            first_prompt_row(len(x)),
         )
         return out
 
