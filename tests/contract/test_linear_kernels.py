@@ -371,6 +371,13 @@ def with_outliers(
     )
 
 
+def odd(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same codes of a table of bfloat16 numbers that no factor makes whole ones of a few bits."""
+    bits = int(weight.scheme.weight.bits)
+    values = tuple((2 * code - (1 << bits) + 1) * (1.0 + code % 3) / 64 for code in range(1 << bits))
+    return replace(weight, scheme=replace(weight.scheme, weight=NumberFormat(f"odd{bits}", bits, values)))
+
+
 def crooked() -> QuantizedTensor:
     """7-bit codes that are no line: the native code has no table for them."""
     weight = canonical("uint7", 64)
@@ -393,6 +400,10 @@ WEIGHTS = {
     "uint8 g32 zero": lambda: canonical("uint8", 32, zero=True),
     "uint4 g64 float zero (HQQ)": lambda: float_zero("uint4", 64, "f16"),
     "uint3 g32 bf16 float zero": lambda: float_zero("uint3", 32, "bf16"),
+    "3 bits of an odd table g64 offset": lambda: odd(canonical("uint3", 64, offset=True)),
+    "5 bits of an odd table g16 zero": lambda: odd(canonical("uint5", 16, zero=True)),
+    "6 bits of an odd table": lambda: odd(canonical("uint6", 0, "f32")),
+    "2 bits of an odd table g8": lambda: odd(canonical("uint2", 8)),
     "nf4 flat g64": lambda: flat("nf4", 64),
     "fp4 flat g64": lambda: flat("fp4_bnb", 64),
     "uint4 flat g96 bf16 float zero": lambda: flat("uint4", 96, "bf16", zero=True),

@@ -261,12 +261,41 @@ void multiply_float_block(const Layout& layout, const std::uint8_t* block, const
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+
+// Codes that are nearly always whole numbers, and so meet x as words: one function for all tables that are not.
+template <int SUB, Addend ADDEND>
+void multiply_any(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                  float (*totals)[ROWS]) {
+    const TileDecoder decode = decode_function(layout.codes);
+    const std::int64_t bytes = tile_bytes(layout.codes);
+    Walk walk(layout, block);
+    BfloatTile w;
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        decode(walk.next<SUB, ADDEND>(bytes), decoding.table, w);
+        multiply_tile<SUB, ADDEND, true, false>(w, walk, x, tile, totals);
+    }
+}
+template <Codes, int SUB, Addend ADDEND>
+constexpr BlockFunction block_function() {
+    return multiply_any<SUB, ADDEND>;
+}
+
+#else
+
+template <Codes CODES, int SUB, Addend ADDEND>
+constexpr BlockFunction block_function() {
+    return multiply_block<CODES, SUB, ADDEND, true>;
+}
+
+#endif
+
 template <Codes CODES, int SUB>
 BlockFunction by_addend(Addend addend) {
     switch (addend) {
-        case Addend::none: return multiply_block<CODES, SUB, Addend::none, true>;
-        case Addend::offset: return multiply_block<CODES, SUB, Addend::offset, true>;
-        case Addend::zero: return multiply_block<CODES, SUB, Addend::zero, true>;
+        case Addend::none: return block_function<CODES, SUB, Addend::none>();
+        case Addend::offset: return block_function<CODES, SUB, Addend::offset>();
+        case Addend::zero: return block_function<CODES, SUB, Addend::zero>();
     }
     return nullptr;
 }
@@ -279,6 +308,9 @@ BlockFunction by_sub(const Layout& layout) {
 template <Codes CODES>
 BlockFunction without_addend(const Layout& layout) {
     if (layout.addend != Addend::none) return nullptr;
+    if constexpr (is_grid(CODES)) {
+        return layout.sub == 16 ? block_function<CODES, 16, Addend::none>() : block_function<CODES, 32, Addend::none>();
+    }
     return layout.sub == 16 ? scaled_block<CODES, 16>() : scaled_block<CODES, 32>();
 }
 

@@ -277,6 +277,10 @@ Function of_exact_codes(Codes codes, const With& with) {
     }
 }
 
+// What decodes a tile to memory, whatever its codes; null for codes that are no numbers by themselves. linear_panels.cpp
+using TileDecoder = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
+TileDecoder decode_function(Codes codes);
+
 // Null where rounding saves nothing, or the codes have none. ``exact``: nor may it change products of whole numbers, as a
 // layer's are that quantizes its inputs. linear_panels.cpp
 RoundFunction round_function(const Layout& layout, const WordCodes& codes, bool exact);

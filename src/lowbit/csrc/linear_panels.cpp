@@ -17,6 +17,30 @@
 namespace lowbit {
 namespace {
 
+template <Codes CODES>
+void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+#if !defined(LOWBIT_AVX512)
+    if constexpr (is_byte_float(CODES)) {
+        FaultyRows<CODES> rows;
+        HalvesTile halves;
+        decode_halves(tile, rows, halves);
+        each_constant<COLUMNS>([&](auto number) __attribute__((always_inline)) {
+            constexpr int COLUMN = decltype(number)::value;
+            sixteen_store(w.columns[COLUMN], rows.finished(column_of<COLUMN>(halves)));
+        });
+    } else
+#endif
+        decode<CODES>(tile, table, w);
+}
+
+}  // namespace
+
+TileDecoder decode_function(Codes codes) {
+    return of_exact_codes<TileDecoder>(codes, [](auto constant) -> TileDecoder { return decode_numbers<decltype(constant)::value>; });
+}
+
+namespace {
+
 #if defined(LOWBIT_AVX512)
 
 constexpr int OPERAND_BYTES = 64;
@@ -51,31 +75,7 @@ INLINE void columns_of(const BfloatTile& w, int pair, Sixteen& even, Sixteen& od
 #endif
 }
 
-// A tile is decoded to memory first, whatever its codes: all tokens of a step share what that costs.
-using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
-
-template <Codes CODES>
-void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
-#if !defined(LOWBIT_AVX512)
-    if constexpr (is_byte_float(CODES)) {
-        FaultyRows<CODES> rows;
-        HalvesTile halves;
-        decode_halves(tile, rows, halves);
-        each_constant<COLUMNS>([&](auto number) __attribute__((always_inline)) {
-            constexpr int COLUMN = decltype(number)::value;
-            sixteen_store(w.columns[COLUMN], rows.finished(column_of<COLUMN>(halves)));
-        });
-    } else
-#endif
-        decode<CODES>(tile, table, w);
-}
-
-// Null for codes that are no numbers by themselves.
-Decode decode_function(Codes codes) {
-    return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode_numbers<decltype(constant)::value>; });
-}
-
-INLINE void decode_ahead(Decode decode, const std::uint8_t* codes, [[maybe_unused]] std::int64_t bytes,
+INLINE void decode_ahead(TileDecoder decode, const std::uint8_t* codes, [[maybe_unused]] std::int64_t bytes,
                          const Decoding& decoding, BfloatTile& w) {
 #if defined(LOWBIT_AVX512)
     fetch_tile(codes + ROUNDED_AHEAD, bytes);
@@ -127,7 +127,7 @@ void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& 
 
 template <Addend ADDEND>
 void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    const Decode decode = decode_function(layout.codes);
+    const TileDecoder decode = decode_function(layout.codes);
     const std::int64_t bytes = tile_bytes(layout.codes);
     const int pairs = layout.sub / 2;  // that share a scale
     Walk walk(layout, block);
@@ -147,7 +147,7 @@ void round_block(const Layout& layout, const std::uint8_t* block, const Decoding
 
 // Numbers without scales.
 void round_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    const Decode decode = decode_function(layout.codes);
+    const TileDecoder decode = decode_function(layout.codes);
     const std::int64_t bytes = tile_bytes(layout.codes);
     PanelWriter writer(panel);
     BfloatTile w;
@@ -218,7 +218,7 @@ void round_plain_halves(const Layout& layout, const std::uint8_t* block, const D
 template <Addend ADDEND>
 void round_columns(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, Scales kind,
                    const ColumnScales& columns, std::uint8_t* panel) {
-    const Decode decode = decode_function(layout.codes);
+    const TileDecoder decode = decode_function(layout.codes);
     const std::int64_t bytes = tile_bytes(layout.codes);
     const int pairs = layout.sub / 2;  // that share a scale
     Walk walk(layout, block);
