@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import native
+from lowbit.kernels import PackedWeight, native
+from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.decode_steps import DecodeInputs, decode_steps
 from lowbit.kernels.elementwise import (
     RotaryTable,
     affine,
@@ -20,7 +22,12 @@ from lowbit.kernels.elementwise import (
     rms_norm_heads,
     softcap,
 )
-from lowbit.kernels.step_plan import Arena, Recorder
+from lowbit.kernels.sampling import Draw
+from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import dense
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +76,36 @@ def test_a_profile_runs_the_plan_and_times_its_operations() -> None:
     assert torch.equal(plan.result, step())
     assert [operation for operation, _, _ in found] == list(plan.operations)
     assert all(len(words) == len(operation.floats) and 0 < s < 1 for operation, words, s in found)
+
+
+def chain(tokens: Tensor) -> tuple[StepPlan, PackedWeight]:
+    """A step whose logits after token t are largest at 5 t + 1, by 0.5; and what it reads."""
+    matrix = torch.full((48, 48), -1.0)
+    matrix[torch.arange(48), (5 * torch.arange(48) + 1) % 48] = -0.5
+    packed = CpuDense().pack(QuantizedTensor(dense("f32"), (48, 48), matrix, origin="test"), CPU)
+    _, plan = recorder().record(lambda: packed.kernel.rows(packed, tokens))
+    assert plan is not None
+    return plan, packed
+
+
+def test_steps_of_one_call_follow_each_other() -> None:
+    """Tokens, positions, slots and lengths go on; a stop ends all, and so does what is no number."""
+    tokens = torch.tensor([3, 7], dtype=torch.int32)
+    plan, _packed = chain(tokens)
+    positions, lengths = torch.tensor([5, 0], dtype=torch.int32), torch.tensor([6, 1], dtype=torch.int32)
+    slots, table = torch.zeros(2, dtype=torch.int32), torch.tensor([[9, 4, 2], [6, 1, 0]], dtype=torch.int32)
+    inputs = DecodeInputs(*(part.data_ptr() for part in (tokens, positions, slots, lengths, table)), 3)
+    draws = [
+        Draw(row, seed=1, position=0, top_p=1.0, min_p=0.0, temperature=0.7 * row, top_k=1) for row in (0, 1)
+    ]
+    made = decode_steps(plan, inputs, 4, draws, [[], []], 4)
+    assert made.tokens == [[16, 36], [33, 37], [22, 42], [15, 19]] and made.peaks == [[-0.5, -0.5]] * 4
+    # The last step's tokens are the caller's to go on from.
+    assert tokens.tolist() == [22, 42] and positions.tolist() == [8, 3] and lengths.tolist() == [9, 4]
+    assert slots.tolist() == [2 * 4, 6 * 4 + 3]
+    assert decode_steps(plan, inputs, 4, draws, [[], [0]], 4).tokens == [[15, 19], [28, 0]]
+    with pytest.raises(AssertionError):
+        decode_steps(plan, inputs, 4, draws[:1], [[]], 4)
 
 
 def test_a_failing_operation_is_its_own_error() -> None:
