@@ -62,8 +62,9 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32, **more: object) -> 
 
 
 def computes_as(written: Path, source: Path) -> None:
-    """Let bitsandbytes compute in the type that the source names: the writer names the model's. Where it has a
-    kernel of its own (AVX-512) it does not ask."""
+    """Let bitsandbytes compute in the type that the source names: the writer names the model's. Where it has
+    a kernel of its own (AVX-512) it does not ask.
+    """
     config, key = json.loads((written / "config.json").read_text()), "bnb_4bit_compute_dtype"
     told = json.loads((source / "config.json").read_text())["quantization_config"]
     config["quantization_config"][key] = told[key]

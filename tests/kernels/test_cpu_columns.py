@@ -113,7 +113,7 @@ PROMPTED = {
 @pytest.mark.skipif(not rounding("cpu"), reason="no kernel rounds here")
 @pytest.mark.parametrize("name", PROMPTED)
 def test_prompts_meet_weights_with_their_columns_scales(name: str) -> None:
-    """Rounded as other weights are; a row in any company, with any number of threads, a NaN in its own row."""
+    """Rounded as other weights are; a row in any company, on any number of threads, a NaN in its own row."""
     weight = PROMPTED[name]()
     packed = KERNEL.pack(weight, CPU)
     x = torch.randn(70, weight.shape[1], generator=torch.Generator().manual_seed(2))
