@@ -234,6 +234,17 @@ def test_equals_float64(case: str, device: torch.device) -> None:
     assert_close(spec, sequences, outputs, parameters)
 
 
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[32] * 4, [64] * 4, [17] * 3, [20] * 6, [24, 24, 24, 20, 24]], ids=str)
+def test_prompts_of_nearly_one_length(lengths: list[int], group: int, device: torch.device) -> None:
+    """Their tiles are numbered with gaps: no fewer programs than the last one's number."""
+    spec = spec_of(1, 16, dtype=F32)
+    sequences = draw(spec, group, lengths)
+    step: Step = [(number, 0, length) for number, length in enumerate(lengths)]
+    outputs = simulate(spec, sequences, [step], plain(spec), GpuAttention(), device=device)
+    assert_close(spec, sequences, outputs, plain(spec))
+
+
 @pytest.mark.parametrize("page_size", [8, 64])
 def test_other_page_sizes(page_size: int, device: torch.device) -> None:
     spec = spec_of(1, 16, dtype=F32, window=40)

@@ -25,6 +25,7 @@ from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.quantize.recipe import Asked
+from models.family_cases import saved
 from models.test_quantized_models import CASES, loaded_as_planned
 
 W4A16 = FIXTURES / "compressed_tensors" / "w4a16_group"
@@ -324,3 +325,19 @@ def test_int8_inputs_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixt
     caplog.clear()
     load_model(open_checkpoint(str(W4A16)), device="cpu", activation_quantization="int8")
     assert (text in caplog.text) is (native.library() is None)
+
+
+def test_rotary_tables_reach_as_far_as_sequences_may(tmp_path: Path) -> None:
+    """--context-length beyond the model's own: transformers' logits, whose angles have no end."""
+    oracle = saved(
+        "Llama", tmp_path, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    tokens = torch.arange(40) * 7 % 61
+    header = open_checkpoint(str(tmp_path))
+    model = load_model(header, device="cpu", dtype="float32", context_length=40)
+    assert model.context_length == 40
+    with torch.no_grad():
+        wanted = oracle(tokens[None]).logits[0]
+    assert (prompt_logits(model, [tokens.tolist()])[0] - wanted).abs().max() < 1e-4
+    assert load_model(header, device="cpu", dtype="float32", context_length=8).context_length == 16

@@ -26,6 +26,7 @@ import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Protocol
 
@@ -71,9 +72,20 @@ class CudaRecorder:
         """See ``Recorder``. The first run is on the stream of captures, where libraries set up their memory;
         what would wait for the device raises there, with nothing half captured."""
         self._run_checked(step)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            step()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                step()
+        except BaseException:
+            # Where ending the capture is what fails, torch leaves its stream the current one. A half-made
+            # graph that the error's frames hold would keep the ranks' group from being left (NCCL).
+            torch.cuda.set_stream(current)
+            current.wait_stream(self._stream)
+            with suppress(RuntimeError):
+                graph.reset()
+            raise
         return graph.replay
 
     def _run_checked(self, step: Callable[[], None]) -> None:

@@ -288,6 +288,7 @@ class Engine:
         log_drafts(self._finisher.counters)
         self.model.states.keep()
         if (ranks := getattr(self.model, "ranks", None)) is not None:
+            self._runner.forget_graphs()  # NCCL waits for graphs that hold its operations
             ranks.close()
 
     # ---- state ---------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def load_part(
         packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
         timings=speed.timings_for(settings.kernel_timings, serving),
         parallel=parallel,
+        context_length=settings.context_length,
     )
 
 
@@ -179,7 +180,8 @@ def _engine(
     if serving:
         engine.prepare(on_progress)
         engine.when_idle(engine.claim_scratch())
-    if samples is not None:
+    # On a GPU a sample's time is that of launching it, from Python; there benchmarks/linear.py times layers.
+    if samples is not None and model.device.type == "cpu":
         steps = speed.speed_steps(samples, model.device, settings.strict)
         if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
             engine.when_idle(chain(engine.claim_scratch(), steps))

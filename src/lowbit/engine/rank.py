@@ -126,9 +126,9 @@ def _serve(connection: _Connection) -> None:
             else:
                 kept.close()
         elif isinstance(message, Regroup):
-            parallel.leave()
             if runner is not None:
-                runner.forget_graphs()
+                runner.forget_graphs()  # before leaving: NCCL waits for graphs that hold its operations
+            parallel.leave()
             release_memory(model.device)
             parallel.rejoin(Path(message.store), MEETING_SECONDS)
             connection.send(ready())
@@ -148,9 +148,10 @@ def _followed(step: Step, runner: Runner, parallel: Parallel, model: Model) -> S
         runner.follow(batch_of(step, sent), step.graph, step.capture)
         return StepDone()
     except RuntimeError as error:
-        parallel.leave()
-        said = f"{where(error)}: {first_line(error)}"
-        return StepDone(said, isinstance(error, torch.OutOfMemoryError))
+        failed = StepDone(f"{where(error)}: {first_line(error)}", isinstance(error, torch.OutOfMemoryError))
+    runner.forget_graphs()  # before leaving: NCCL waits for graphs that hold its operations
+    parallel.leave()
+    return failed
 
 
 def _loaded(start: StartRank) -> tuple[Settings, Model, Parallel]:

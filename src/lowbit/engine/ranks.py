@@ -138,13 +138,17 @@ class Ranks:
         self.parallel.begin_step()
         self.send(step)
 
-    def finish(self, step: Step, error: Exception | None) -> None:
+    def finish(self, step: Step, error: Exception | None, forget: Callable[[], None]) -> None:
         """After this rank's own part of launching the step, which failed with ``error`` or did not.
+
+        ``forget``: drops this rank's graphs, before it leaves the group: NCCL waits for graphs that hold its
+        operations.
 
         Raises where any rank's failed: torch.OutOfMemoryError where there was no memory for it, or
         RuntimeError where it was to be captured, both in a new group; else the error that it was.
         """
         if error is not None:
+            forget()
             self.parallel.leave()  # the others may wait for this one
         try:
             self._wait_for(lambda rank: rank.done is not None, STEP_SECONDS)
@@ -169,6 +173,7 @@ class Ranks:
                 raise LowbitError("E0712", "; ".join(said)) from error
             elif told:
                 cause = RuntimeError("; ".join(said))
+        forget()
         self._regroup()
         raise cause from None
 

@@ -39,7 +39,7 @@ _log = logging.getLogger("lowbit")
 # A Triton kernel is compiled, for a second or more, when it is first launched with tiles of a size, which no
 # request should wait for. Tokens of prompts that meet all of them: of linear layers, of attention where a
 # group has one query head to many, and of attention to prompts among other sequences.
-WARM_TOKENS = (1, 3, 5, 9, 17, 33, 65, 129, 512)
+WARM_TOKENS = (1, 3, 5, 9, 17, 33, 65, 129, 257, 385, 512)
 WARM_LONGEST = (1, 17, 33, 65)
 WARM_SEQUENCES = (2, 17, 65, 257)
 

@@ -82,15 +82,15 @@ class SharedModel:
         except (RuntimeError, OSError, LowbitError) as error:
             failed = error
         try:
-            self.ranks.finish(step, failed)
-        except RuntimeError:
-            for graphs in self._graphs:
-                graphs.clear()
-            raise
+            self.ranks.finish(step, failed, self._forget_graphs)
         finally:
             failed = None  # its frames hold the step's tensors
         [result] = results  # nothing failed
         return result
+
+    def _forget_graphs(self) -> None:
+        for graphs in self._graphs:
+            graphs.clear()
 
 
 class SharedGraphs:

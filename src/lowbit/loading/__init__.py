@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import open_checkpoint
@@ -72,6 +73,7 @@ def load_model(
     lm_head_screen: str = "off",
     timings: Timings = "unused",
     parallel: Parallel = ALONE,
+    context_length: int | None = None,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
@@ -83,16 +85,20 @@ def load_model(
     is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights
     are kept. ``linear_kernel``, ``lm_head_screen``: as the flags; ``timings``: whether those on
     disk may decide for auto. ``parallel``: the rank whose part is loaded; every rank loads at the same time.
+    ``context_length``: of the longest sequence there may be, where it is more than the model's own.
     """
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
     if target.device.type == "cuda":
         runtime.check(target.device)
+        runtime.keep_sums_whole()
     tuned_sizes.look_in(cache_directory() / "tuned")
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
+    if context_length is not None and context_length > opened.config.context_length:
+        opened = replace(opened, config=replace(opened.config, context_length=context_length))
     if _is_written_first(opened, save, calibration, parallel):
         from lowbit.loading.quantizing import quantized_checkpoint  # imports half of lowbit
 
@@ -112,6 +118,7 @@ def load_model(
             linear_kernel=linear_kernel,
             lm_head_screen=lm_head_screen,
             timings=timings,
+            context_length=context_length,
         )
     else:
         model = _packed_model(

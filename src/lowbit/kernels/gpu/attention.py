@@ -286,7 +286,9 @@ def _passes(cache: GpuLayerCache, tokens: int, batch: ForwardBatch, group: int) 
         return [_pass_of_equals(cache, 0, MOST, sequences, most * group)]
     few = max(16 // group, 1)  # queries that fill the smallest tile
     blocks = _blocks(cache, most * group)
-    programs = min(tokens * group // blocks.rows + sequences, sequences * -(-most * group // blocks.rows))
+    programs = (
+        tokens * group // blocks.rows + sequences
+    )  # each sequence's tiles begin one further (``_place``)
     prompts = _Pass(few + 1, MOST, 0, programs, blocks.rows, blocks)
     return [prompts, _pass_of_equals(cache, 0, few, sequences, few * group)]
 

@@ -298,6 +298,8 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x @ weight.T, all but ``out`` of one type."""
     if out.dtype is x.dtype:
         torch.mm(x, weight.T, out=out)
+    elif x.is_cuda and out.dtype is torch.float32:
+        out.copy_(torch.mm(x, weight.T, out_dtype=torch.float32))  # else sums are rounded to x's type first
     else:
         out.copy_(functional.linear(x, weight))
 

@@ -86,6 +86,12 @@ def check(device: torch.device) -> None:
         )
 
 
+def keep_sums_whole() -> None:
+    """torch's products add up in float32, as ours do: cuBLAS may else add parts of a sum in 16 bits."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 @contextmanager
 def interpreting() -> Iterator[None]:
     """Triton's interpreter takes the place of all native kernels, on CPU tensors, inside this block."""
