@@ -286,9 +286,8 @@ def _passes(cache: GpuLayerCache, tokens: int, batch: ForwardBatch, group: int) 
         return [_pass_of_equals(cache, 0, MOST, sequences, most * group)]
     few = max(16 // group, 1)  # queries that fill the smallest tile
     blocks = _blocks(cache, most * group)
-    programs = (
-        tokens * group // blocks.rows + sequences
-    )  # each sequence's tiles begin one further (``_place``)
+    # Tiles are numbered with gaps: each sequence's begin one further than they need (``_place``).
+    programs = tokens * group // blocks.rows + sequences
     prompts = _Pass(few + 1, MOST, 0, programs, blocks.rows, blocks)
     return [prompts, _pass_of_equals(cache, 0, few, sequences, few * group)]
 
