@@ -329,8 +329,9 @@ class Settings:
     )  # fmt: skip
     kernel_timings: str = option(
         "auto", "On a CPU: time each kind of layer beside bf16, lowbit's and torch's (0.1 s each, kept on "
-        "disk), log the ratios and warn where bf16 is faster; a server does it once it is ready and idle, with --strict "
-        "before. auto: lowbit serve only; off: nor do timings on disk count for --linear-kernel auto.",
+        "disk), log the ratios and warn where bf16 is faster; a server does it once it is ready and idle, "
+        "with --strict before. auto: lowbit serve only; off: nor do timings on disk count for "
+        "--linear-kernel auto.",
         "engine", choices=("auto", "on", "off"),
     )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
