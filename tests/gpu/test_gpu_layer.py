@@ -350,6 +350,7 @@ def test_scaled_product_of_torch(one: bool) -> None:
     codes = Codes(x, x_scale, None, x_scale[:1] if one else None)
     weight_ = EightBitWeight(w, w_scale, one_scale=w_scale[:1] if one else None)
     bias, out = random(48).bfloat16(), torch.empty(32, 48, dtype=torch.bfloat16)
+    assert eight_bit.scales_rows(x.device)
     eight_bit.scaled_product(codes, weight_, bias, out)
     wanted = (x.float() @ w.float().T) * x_scale[:, None] * w_scale + bias.float()
     torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)

@@ -527,6 +527,8 @@ def _by_library(
     fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and narrow
     if not fits or not fp8_dots(device) or (bias is not None and narrow_bias is None):
         return False
+    if (x.factor is None or weight.one_scale is None) and not scales_rows(device):
+        return False
     scaled_product(x, weight, narrow_bias, out)
     return True
 
@@ -537,6 +539,18 @@ def whole_product(x: Tensor, weight: Tensor) -> Tensor:
     On CUDA torch wants more than 16 tokens, and columns and rows in multiples of 8.
     """
     return torch._int_mm(x, weight.t())
+
+
+@cache
+def scales_rows(device: torch.device) -> bool:
+    """Whether torch's product of 8-bit floats takes a scale a row there: beside Hopper, its build decides."""
+    codes = torch.zeros(64, 64, device=device).to(torch.float8_e4m3fn)
+    scales = torch.ones(64, 1, device=device)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def scaled_product(x: Codes, weight: EightBitWeight, bias: Tensor | None, out: Tensor) -> None:
