@@ -119,8 +119,11 @@ class Ranks:
     def _wait_for(self, told: Callable[[RankProcess], bool], seconds: float = math.inf) -> None:
         """Until every one of the others has said something; E0712 where one has ended, or says nothing."""
         limit = time.monotonic() + seconds
-        while waiting := [rank for rank in self._others if not told(rank)]:
-            self.check()
+        while True:
+            self.check()  # takes what is there: who has answered is known only then
+            waiting = [rank for rank in self._others if not told(rank)]
+            if not waiting:
+                return
             if time.monotonic() > limit:
                 numbers = ", ".join(str(rank.number) for rank in waiting)
                 raise LowbitError("E0712", f"rank {numbers} of {self.size} did not answer in {seconds:g} s")
