@@ -15,10 +15,11 @@ INLINE void multiply_part(const Tile& w, const Walk& walk, const Input& x, std::
     const std::int64_t span = (tile * (COLUMNS / SUB) + PART) * x.tokens + token;
     const float* const x_sums = x.sums + span;
     const float* const x_scales = X_SCALED ? x.scales + span : nullptr;
+    const Sixteen own = walk.scale[PART];  // once: totals that are stored might be these
     UNROLL
     for (int t = 0; t < TOKENS; ++t) {
         Sixteen total = sixteen_load(totals[token + t]);
-        const Sixteen scale = scale_of<X_SCALED>(walk.scale[PART], x_scales + t);
+        const Sixteen scale = scale_of<X_SCALED>(own, x_scales + t);
         total = accumulate<ADDEND, SCALED>(total, sums[t], scale, walk.addend[PART],
                                            ADDEND == Addend::none ? 0.0f : x_sums[t]);
         sixteen_store(totals[token + t], total);
