@@ -116,8 +116,11 @@ class KernelChoice:
         self._used: set[str] = set()  # rules that were about something
 
     def table(self, device: torch.device) -> TimingTable | None:
-        """The timings of this machine; None where they do not count."""
-        if self._timings == "unused":
+        """The timings of this machine; None where they do not count.
+
+        On a GPU they would be the time Python takes to launch a sample.
+        """
+        if self._timings == "unused" or device.type != "cpu":
             return None
         if device.type not in self._tables:
             self._tables[device.type] = timing_table(device, self._threads)
