@@ -83,6 +83,30 @@ INLINE void decode_ahead(TileDecoder decode, const std::uint8_t* codes, [[maybe_
     decode(codes, decoding.table, w);
 }
 
+// A block of codes with scales of their own, tile by tile: begin(tile) comes before each, worth(weight, column) says what a
+// number is in the panel.
+template <Addend ADDEND, class Begin, class Worth>
+INLINE void round_decoded(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel,
+                          const Begin& begin, const Worth& worth) {
+    const TileDecoder decode = decode_function(layout.codes);
+    const std::int64_t bytes = tile_bytes(layout.codes);
+    const int pairs = layout.sub / 2;  // that share a scale
+    Walk walk(layout, block);
+    PanelWriter writer(panel);
+    BfloatTile w;
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        decode_ahead(decode, walk.next(), bytes, decoding, w);
+        begin(tile);
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(number)::value;
+            const Sixteen scale = walk.scale[PAIR / pairs], addend = walk.addend[PAIR / pairs];
+            columns_of(w, PAIR, even, odd);
+            even = worth(weight_of<ADDEND>(even, scale, addend), PAIR * 2);
+            odd = worth(weight_of<ADDEND>(odd, scale, addend), PAIR * 2 + 1);
+        });
+    }
+}
+
 #if defined(__AVX512BF16__)
 
 // Whether such codes may have a scale for each LEAST_GROUP columns (linear_exact.cpp).
@@ -127,22 +151,7 @@ void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& 
 
 template <Addend ADDEND>
 void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    const TileDecoder decode = decode_function(layout.codes);
-    const std::int64_t bytes = tile_bytes(layout.codes);
-    const int pairs = layout.sub / 2;  // that share a scale
-    Walk walk(layout, block);
-    PanelWriter writer(panel);
-    BfloatTile w;
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        decode_ahead(decode, walk.next(), bytes, decoding, w);
-        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
-            constexpr int PAIR = decltype(number)::value;
-            const Sixteen scale = walk.scale[PAIR / pairs], addend = walk.addend[PAIR / pairs];
-            columns_of(w, PAIR, even, odd);
-            even = weight_of<ADDEND>(even, scale, addend);
-            odd = weight_of<ADDEND>(odd, scale, addend);
-        });
-    }
+    round_decoded<ADDEND>(layout, block, decoding, panel, [](std::int64_t) {}, [](Sixteen weight, int) { return weight; });
 }
 
 // Numbers without scales.
@@ -218,15 +227,8 @@ void round_plain_halves(const Layout& layout, const std::uint8_t* block, const D
 template <Addend ADDEND>
 void round_columns(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, Scales kind,
                    const ColumnScales& columns, std::uint8_t* panel) {
-    const TileDecoder decode = decode_function(layout.codes);
-    const std::int64_t bytes = tile_bytes(layout.codes);
-    const int pairs = layout.sub / 2;  // that share a scale
-    Walk walk(layout, block);
-    PanelWriter writer(panel);
-    BfloatTile w;
     alignas(64) float scales[COLUMNS], zeros[COLUMNS] = {};
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        decode_ahead(decode, walk.next(), bytes, decoding, w);
+    const auto begin = [&](std::int64_t tile) {
         by_column_kind(kind, [&](auto constant) {
             for (int half = 0; half < COLUMNS; half += 16) {
                 const auto read = [&](const std::uint8_t* from) { return read_columns<decltype(constant)::value>(from, tile * COLUMNS + half); };
@@ -234,18 +236,11 @@ void round_columns(const Layout& layout, const std::uint8_t* block, const Decodi
                 if (columns.zeros != nullptr) sixteen_store(zeros + half, read(columns.zeros));
             }
         });
-        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
-            constexpr int PAIR = decltype(number)::value;
-            const Sixteen scale = walk.scale[PAIR / pairs], addend = walk.addend[PAIR / pairs];
-            const auto worth = [&](Sixteen number_of, int column) __attribute__((always_inline)) {
-                const Sixteen weight = sixteen_add(weight_of<ADDEND>(number_of, scale, addend), sixteen_set(-zeros[column]));
-                return sixteen_multiply(weight, sixteen_set(scales[column]));
-            };
-            columns_of(w, PAIR, even, odd);
-            even = worth(even, PAIR * 2);
-            odd = worth(odd, PAIR * 2 + 1);
-        });
-    }
+    };
+    const auto worth = [&](Sixteen weight, int column) __attribute__((always_inline)) {
+        return sixteen_multiply(sixteen_add(weight, sixteen_set(-zeros[column])), sixteen_set(scales[column]));
+    };
+    round_decoded<ADDEND>(layout, block, decoding, panel, begin, worth);
 }
 
 // Codes with outliers, which are put in one by one.

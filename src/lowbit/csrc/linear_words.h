@@ -189,7 +189,7 @@ struct WordCodes {
             if (most - least <= 255.0f && least >= -256.0f) {
                 kind = WordKind::bytes;
                 base = static_cast<int>(least);
-            } else if (count <= LARGEST_WIDE_TABLE && least >= -limit && most <= limit) {
+            } else if ((count == 16 || count == LARGEST_WIDE_TABLE) && least >= -limit && most <= limit) {
                 kind = WordKind::wide;
             } else {
                 return;

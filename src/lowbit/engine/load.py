@@ -180,8 +180,7 @@ def _engine(
     if serving:
         engine.prepare(on_progress)
         engine.when_idle(engine.claim_scratch())
-    # On a GPU a sample's time is that of launching it, from Python; there benchmarks/linear.py times layers.
-    if samples is not None and model.device.type == "cpu":
+    if samples is not None:
         steps = speed.speed_steps(samples, model.device, settings.strict)
         if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
             engine.when_idle(chain(engine.claim_scratch(), steps))
