@@ -84,6 +84,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "queue_timeout": ("1.5", 1.5),
     "request_timeout": ("30", 30.0),
     "drain_timeout": ("0", 0.0),
+    "watchdog_timeout": ("900", 900.0),
+    "soft_watchdog_timeout": ("90", 90.0),
     "allowed_hosts": ("a.example,b.example", "a.example,b.example"),
     "stream_response_default_include_usage": ("1", True),
     "default_chat_template_kwargs": ('{"enable_thinking": false}', '{"enable_thinking": false}'),

@@ -356,6 +356,14 @@ class Settings:
     queue_timeout: float = option(60.0, "Seconds a request may wait before it gets 503.", "server", minimum=0)
     request_timeout: float = option(600.0, "Seconds a request may take in all.", "server", minimum=1)
     drain_timeout: float = option(30.0, "Seconds running requests get after SIGTERM.", "server", minimum=0)
+    watchdog_timeout: float = option(
+        300.0, "Seconds that a step may do nothing before the engine is killed and started again.", "server",
+        minimum=1,
+    )  # fmt: skip
+    soft_watchdog_timeout: float = option(
+        60.0, "Seconds that a step may do nothing before its stack is logged and /readyz says 503.", "server",
+        minimum=1,
+    )  # fmt: skip
     allowed_hosts: str = option(
         "", "Extra Host header values to accept, comma-separated; '*' accepts any.", "server"
     )

@@ -28,7 +28,8 @@ WRONG = [
     ("min_tokens", -1, "min_tokens must be"),
     ("logit_bias", {64: 1.0}, "logit_bias: token id 64 is outside the vocabulary of 64"),
     ("logit_bias", {-1: 1.0}, "logit_bias: token id -1 is outside"),
-    ("logit_bias", {5: math.nan}, "logit_bias of token 5 must be finite, got nan"),
+    ("logit_bias", {5: math.nan}, r"logit_bias of token 5 must be between -1e\+09 and 1e\+09, got nan"),
+    ("logit_bias", {5: -1e39}, "logit_bias of token 5 must be between"),  # infinite as float32
 ]
 
 

@@ -1,8 +1,8 @@
 """An engine process without a model: the real message loop of lowbit.engine.process over a toy engine.
 
 FAKE_ENGINE holds JSON that changes its behaviour; prompts may hold commands: CRASH (exception in a step),
-KILL (SIGKILL to itself), HANG (a step that never ends), NAN (numerical error), WIDE (32 KiB of text a token),
-REFUSE (submit raises).
+KILL (SIGKILL to itself), HANG (a step that never ends), SLOW (one that takes two seconds and gets on), NAN
+(numerical error), WIDE (32 KiB of text a token), REFUSE (submit raises).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lowbit.engine import process
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
@@ -32,6 +33,7 @@ from server.fake_text import END, answer
 
 OPTIONS = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 CONTEXT, PAGE, POOL, RUNNING = 1000, 16, 640, 4
+ADMITS = OPTIONS.get("admits", RUNNING)  # at once; the server knows of RUNNING
 
 
 class Sequence:
@@ -44,6 +46,7 @@ class Sequence:
         self.length = length
         self.text = answer(request.prompt, length, request.sampling.seed or 0)
         self.done = 0
+        self.begun = False
         self.sent = 0
         self.command = bytes(token for token in request.prompt if token < 256).decode(errors="replace")
 
@@ -54,11 +57,14 @@ class FakeEngine:
     def __init__(self) -> None:
         self.sequences: dict[str, Sequence] = {}
         self.steps = self.prompt_tokens = self.generated = self.flushed = self.violations = 0
+        self.cached = self.done = 0
+        self.begun: list[str] = []
 
     def submit(self, request: Request) -> None:
         if b"REFUSE" in bytes(token for token in request.prompt if token < 256):
             raise LowbitError("never_fits", "the engine refuses this")
-        self.prompt_tokens += len(request.prompt)
+        self.cached += len(request.prompt) // 4
+        self.prompt_tokens += len(request.prompt) - len(request.prompt) // 4
         self.sequences[request.id] = Sequence(request)
 
     def cancel(self, request_id: str) -> None:
@@ -71,12 +77,22 @@ class FakeEngine:
         time.sleep(OPTIONS.get("step_seconds", 0.002))
         self.steps += 1
         events = []
-        for sequence in list(self.sequences.values())[:RUNNING]:
+        self.begun = []
+        for sequence in list(self.sequences.values())[:ADMITS]:
+            if not sequence.begun:
+                sequence.begun = True
+                self.begun.append(sequence.request.id)
             event = self.advance(sequence)
             events.append(event)
             if event.finish_reason:
                 del self.sequences[sequence.request.id]
         return events
+
+    def admitted(self) -> list[str]:
+        return self.begun
+
+    def progress(self) -> int:
+        return self.done
 
     def advance(self, sequence: Sequence) -> TokenEvent:
         request, sampling = sequence.request, sequence.request.sampling
@@ -136,17 +152,21 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if "HANG" in command:
             time.sleep(1000)
+        if "SLOW" in command:
+            for _ in range(40):
+                time.sleep(0.05)
+                self.done += 1
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            running=min(RUNNING, len(self.sequences)),
-            waiting=max(0, len(self.sequences) - RUNNING),
+            running=min(ADMITS, len(self.sequences)),
+            waiting=max(0, len(self.sequences) - ADMITS),
             pages_total=POOL // PAGE,
             pages_free=POOL // PAGE - len(self.sequences),
             steps=self.steps,
             captured_steps=self.steps // 2,
             prompt_tokens=self.prompt_tokens,
-            cached_prompt_tokens=self.prompt_tokens // 4,
+            cached_prompt_tokens=self.cached,
             generated_tokens=self.generated,
             draft_tokens=self.generated // 2,
             accepted_draft_tokens=self.generated // 3,
@@ -222,5 +242,6 @@ if __name__ == "__main__":
     parser.add_argument("--parent", type=int)
     options = parser.parse_args()
     set_signals()
+    process._PULSE_SECONDS = OPTIONS.get("pulse_seconds", process._PULSE_SECONDS)
     die_with_parent(options.parent)
     sys.exit(serve_parent(Connection(socket.socket(fileno=options.fd)), build))

@@ -55,7 +55,7 @@ class ByteTokenizer:
 class LineTemplate:
     """<bos>role: content\\n … assistant:"""
 
-    source = "lines"
+    source = "lines; reads reasoning_effort"
 
     def __init__(self, tokenizer: ByteTokenizer) -> None:
         self._tokenizer = tokenizer

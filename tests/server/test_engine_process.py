@@ -142,6 +142,12 @@ class ScriptedEngine:
                 del self.running[identity]
         return events
 
+    def admitted(self) -> list[str]:
+        return [identity for identity, steps in self.running.items() if steps == 1]
+
+    def progress(self) -> int:
+        return sum(self.running.values())
+
     def status(self) -> EngineStatus:
         return EngineStatus(running=len(self.running), invariant_violations=self.violations)
 

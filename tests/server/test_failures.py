@@ -374,6 +374,58 @@ def test_prompts_being_computed_are_not_queued() -> None:
         assert complete(server, max_tokens=1).status_code == 200
 
 
+@pytest.mark.parametrize("body", [{"prompt": "abc", "n": 3}, {"prompt": ["abc"] * 6}])
+def test_a_request_of_which_something_is_computed_does_not_wait(body: dict[str, object]) -> None:
+    """Of choices and lists the engine may begin with some long after others."""
+    fake = {"step_seconds": 0.02, "admits": 1}
+    with serving(quick(queue_seconds=0.3), fake=fake) as server:
+        response = http.post(server.url + "/v1/completions", json={**body, "max_tokens": 20}, timeout=30)
+        assert response.status_code == 200, response.text
+        assert [choice["finish_reason"] for choice in response.json()["choices"]] == ["length"] * (
+            len(response.json()["choices"])
+        )
+        server.assert_idle()
+
+
+def test_who_waits_behind_a_list_is_told() -> None:
+    fake = {"step_seconds": 0.02, "admits": 1}
+    with (
+        serving(quick(queue_seconds=0.3), fake=fake) as server,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(complete, server, max_tokens=60)
+        wait_until(lambda: server.app.client.status.running == 1)
+        assert error_of(complete(server)) == (503, "queue_timeout")
+        assert first.result().status_code == 200
+        server.assert_idle()
+
+
+def test_a_long_step_that_gets_on_is_not_hung() -> None:
+    fake = {"pulse_seconds": 0.1}
+    limits = quick(hang_dump_seconds=0.5, hang_kill_seconds=0.8)
+    with serving(limits, fake=fake) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(complete, server, "SLOW")
+        seen = False
+        while not slow.done():
+            seen = seen or server.app.client.hung
+            time.sleep(0.02)
+        assert slow.result().status_code == 200 and not seen
+        assert server.app.client.counters.restarts == 0
+
+
+def test_health_generate_of_a_busy_server() -> None:
+    """Its queue is full, and tokens come."""
+    with (
+        serving(fake={"step_seconds": 0.02}, max_queued_requests=0) as server,
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        futures = [pool.submit(complete, server, max_tokens=60) for _ in range(4)]
+        wait_until(lambda: server.app.client.places_held == 4)
+        assert http.get(server.url + "/health_generate").json() == {"status": "ok"}
+        assert [future.result().status_code for future in futures] == [200] * 4
+        server.assert_idle()
+
+
 def test_health_generate_fails_when_nothing_comes() -> None:
     with serving(quick(health_seconds=0.3), fake={"step_seconds": 1.0}) as server:
         assert error_of(http.get(server.url + "/health_generate")) == (503, "health_timeout")

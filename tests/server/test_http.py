@@ -256,6 +256,18 @@ def test_hosts_that_are_not(server: ServerThread, host: str) -> None:
     assert error_of(response)["code"] in ("host_not_allowed", "invalid_http")
 
 
+def test_probes_of_http_1_0_bring_no_host(server: ServerThread) -> None:
+    """HAProxy's, unless it is told otherwise."""
+
+    def asked(path: str) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"GET " + path.encode() + b" HTTP/1.0\r\n\r\n")
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+
+    assert b" 200 " in asked("/health").partition(b"\r\n")[0]
+    assert b" 421 " in asked("/v1/models").partition(b"\r\n")[0]
+
+
 def test_other_origins_may_not_post(server: ServerThread) -> None:
     response = post(server, json=CHAT, headers={"Origin": "http://evil.example"})
     assert response.status_code == 403

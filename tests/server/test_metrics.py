@@ -32,7 +32,7 @@ def test_numbers() -> None:
     assert after["lowbit_requests_total{path=/v1/completions,status=400}"] == 1
     assert after["lowbit_requests_total{path=unknown,status=404}"] == 1
     assert not any("scanner" in name for name in after)
-    assert after["lowbit_prompt_tokens_total"] == 13
+    assert after["lowbit_prompt_tokens_total"] == 10  # computed
     assert after["lowbit_cached_prompt_tokens_total"] == 3
     assert after["lowbit_cache_hit_rate"] == 3 / 13
     assert after["lowbit_generated_tokens_total"] == 10

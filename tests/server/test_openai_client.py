@@ -188,6 +188,12 @@ def test_template_options(client: openai.OpenAI) -> None:
     )
     rendered = [BOS, *f"style=x\ntool {tool}\nuser: hello\n".encode()]
     assert result.choices[0].message.content == answer(rendered, 3)
+    result = client.chat.completions.create(
+        model="tiny", messages=USER, max_tokens=3, reasoning_effort="high"
+    )
+    assert result.choices[0].message.content == answer(
+        [BOS, *b"reasoning_effort=high\nuser: hello\nassistant:"], 3
+    )
     prefill: Any = [*USER, {"role": "assistant", "content": "Well"}]
     result = client.chat.completions.create(
         model="tiny", messages=prefill, max_tokens=3, extra_body={"continue_final_message": True}
@@ -417,7 +423,10 @@ def test_tokenize_and_back(server: ServerThread) -> None:
 def test_tokenizer_info(server: ServerThread) -> None:
     info = http.get(server.url + "/tokenizer_info").json()
     assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == ("<bos>", "<end>", True)
-    assert (info["chat_template"], info["model_max_length"]) == ("lines", 1000)
+    assert (info["chat_template"], info["model_max_length"]) == (
+        "lines; reads reasoning_effort",
+        1000,
+    )
     with serving(model="no-template") as running:
         assert http.get(running.url + "/tokenizer_info").json()["chat_template"] is None
 
@@ -520,7 +529,7 @@ def test_info(server: ServerThread) -> None:
 def test_health(server: ServerThread) -> None:
     assert http.get(server.url + "/health").json() == {"status": "ready"}
     assert http.get(server.url + "/livez").status_code == 200
-    assert http.get(server.url + "/health_generate").json() == {"status": "ok", "completion_tokens": 1}
+    assert http.get(server.url + "/health_generate").json() == {"status": "ok"}
     server.assert_idle()
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from lowbit.engine.messages import EngineReady, TokenEvent
+from lowbit.engine.messages import EngineReady, SamplingParams, TokenEvent
 from lowbit.server import protocol
 from lowbit.server.api_error import ApiError, from_event, to_api_error
 from lowbit.server.chat import template_messages
 from lowbit.server.completions import encode_prompt
-from lowbit.server.generation import check_fit
+from lowbit.server.generation import Generation, check_fit
 from lowbit.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, NativeSampling, read
 from lowbit.server.request_values import (
     logit_biases,
@@ -332,6 +332,13 @@ def test_messages() -> None:
     assert prepared[3] == {"role": "tool", "content": "2", "tool_call_id": "1"}
 
 
+def test_an_empty_list_of_calls_is_none() -> None:
+    """Clients send back what vLLM answered; templates ask whether there is one."""
+    (prepared,) = template_messages([{"role": "assistant", "content": "x", "tool_calls": []}])
+    assert prepared == {"role": "assistant", "content": "x"}
+    assert "is missing" in refusal(template_messages, [{"role": "assistant", "tool_calls": []}]).message
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
@@ -354,6 +361,16 @@ def test_messages() -> None:
 )
 def test_bad_messages(message: dict[str, Any], said: str) -> None:
     assert said in refusal(template_messages, [message]).message
+
+
+def test_log_probabilities_of_prompts_are_bounded() -> None:
+    """All of a request's are held until it has ended."""
+    prompts = [tuple(range(1000))] * 100
+    samplings = [SamplingParams(prompt_logprobs=9)] * 100
+    assert len(Generation.plan("id", prompts, samplings, 1, "").requests) == 100
+    error = refusal(Generation.plan, "id", prompts, samplings, 2, "")
+    assert error.code == "too_many_logprobs" and "are 2 000 000; limit 1 048 576" in error.message
+    assert len(Generation.plan("id", prompts, [SamplingParams()] * 100, 2, "").requests) == 200
 
 
 def test_message_count() -> None:

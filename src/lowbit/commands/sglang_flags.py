@@ -37,7 +37,9 @@ COMPARED: dict[str, str] = {
     "attention_backend": "auto, triton, flashinfer (installed beside lowbit) and torch_native, which is "
     "reference; fa3 and other kernels are auto",
     "kv_cache_dtype": "the same, and int8 and int4; others are refused by name",
-    "random_seed": "of requests that bring no seed",
+    "random_seed": "the same: equal requests without a seed draw differently, in the same order the same",
+    "watchdog_timeout": "of a step that does nothing; one that is slow and gets on may take longer",
+    "soft_watchdog_timeout": "the same; 60 s unless set",
     "sampling_defaults": "the same, for /generate too",
     "preferred_sampling_params": "the same, for OpenAI's endpoints too",
     "stream_response_default_include_usage": "the same",
@@ -223,7 +225,6 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
         "--show-time-cost --enable-request-time-stats-logging --enable-mfu-metrics "
         "--collect-tokens-histogram",
     ),
-    **_all("value", "the watchdog is set by lowbit", "--watchdog-timeout --soft-watchdog-timeout"),
     "--enable-nan-detection": ("switch", _ALWAYS),
     "--enable-http-worker-reuseport": ("switch", "there is one HTTP process"),
 }

@@ -305,7 +305,8 @@ class GraphedSteps:
                 self._too_large.add(size)
                 _log.warning("lowbit: no memory for a CUDA graph of %d sequences; those run eagerly", size[0])
                 return None
-            self.refusal = f"{where(error)}: {str(error).splitlines()[0]}"
+            first = str(error).partition("\n")[0]
+            self.refusal = f"{where(error)}: {first}"
             self.graphs.clear()
             _log.warning("lowbit: CUDA graphs off: %s; running eagerly", printable(self.refusal, 300))
             return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -36,6 +37,7 @@ from lowbit.engine.messages import (
     EngineStatus,
     MeasuredQuality,
     Request,
+    SamplingParams,
     TokenEvent,
 )
 from lowbit.engine.page_pool import PagePool
@@ -43,7 +45,7 @@ from lowbit.engine.prompts import rounds_prompts
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import checked
 from lowbit.engine.scheduler import Scheduler
-from lowbit.engine.sequence import Sequence
+from lowbit.engine.sequence import Sequence, mixed
 from lowbit.engine.step_parts import Step
 from lowbit.errors import LowbitError, printable
 from lowbit.kernels.recurrent import prompt_unit, state_bytes
@@ -148,6 +150,7 @@ class Engine:
         self._idle = IdleWork(self._pool, self._runner, settings.page_size)
         self._news: list[TokenEvent] = []  # events that did not come from a step
         self._violations = 0
+        self._seeded = 0  # sequences that brought no seed of their own
 
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: a GPU's kernels and graphs."""
@@ -223,17 +226,29 @@ class Engine:
         else:
             limit = length + sampling.max_tokens
         if limit > self.context_length or (length >= self.context_length and not request.echo_only):
-            wanted = sampling.max_tokens or 0
+            wanted = sampling.max_tokens
+            asked = f" and max_tokens {wanted}: {length + wanted} > context" if wanted else ", the context is"
             raise LowbitError(
                 "prompt_too_long",
-                f"prompt is {length} tokens and max_tokens {wanted}: {length + wanted} > context "
-                f"{self.context_length}; shorten the prompt or lower max_tokens",
+                f"prompt is {length} tokens{asked} {self.context_length}; shorten the prompt or lower "
+                "max_tokens",
             )
-        sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self.settings.random_seed)
+        sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self._seed(sampling))
         if self._drafting is not None:
             self._drafting.follow(sequence)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
+
+    def _seed(self, sampling: SamplingParams) -> int:
+        """Of the sequence's draws. ``--random-seed`` begins a row of seeds, one for each sequence that brings
+        none: equal requests draw differently, and the same ones in the same order as before."""
+        if sampling.seed is not None:
+            return sampling.seed
+        first = self.settings.random_seed
+        if first is None:
+            return secrets.randbits(63)
+        self._seeded += 1
+        return mixed(first + self._seeded)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; one that is unknown or has ended is none of our business."""
@@ -258,6 +273,7 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One forward pass over the next batch, and what became certain: its events, or the last one's."""
         events, self._news = self._news, []
+        self._scheduler.admitted.clear()
         step: Step | None = None
         if self._scheduler.running or self._scheduler.waiting:
             step, ended = self._launcher.launch(self._flying)
@@ -270,6 +286,14 @@ class Engine:
         if self._forced.check and (found := self.check()):
             raise AssertionError("; ".join(found))
         return events
+
+    def admitted(self) -> list[str]:
+        """Ids of the requests whose prompts the last step began with."""
+        return self._scheduler.admitted
+
+    def progress(self) -> int:
+        """Grows while a step computes; another thread may ask."""
+        return self._runner.progress
 
     def _force(self) -> None:
         """What the forced modes ask after a step."""

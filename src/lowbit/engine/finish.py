@@ -79,7 +79,10 @@ class Finisher:
             error = self._numerical_error(start, choices, range(part.first, part.known))
             return self.end(sequence, "error", "model_numerical_error", error)
         if sequence.wants_prompt_logprobs:
-            self._note_prompt_logprobs(part, choices)
+            try:
+                self._note_prompt_logprobs(part, choices)
+            except Exception as error:
+                return self._failed(sequence, "its prompt's log-probabilities", error)
         if end <= sequence.prompt_length:
             self._scheduler.cache_computed(sequence)
         if end == len(sequence.tokens) and sequence.request.echo_only:
@@ -147,13 +150,18 @@ class Finisher:
         try:
             ending = self._say(turn, choices)
         except Exception as error:
-            _log.exception("lowbit: request %s: its next token failed", printable(sequence.id))
-            kind = type(error).__name__
-            text = f"the next token failed ({kind}, see the log); request stopped, others unaffected"
-            return self.end(sequence, "error", "internal", text, turn=turn)
+            return self._failed(sequence, "its next token", error, turn)
         return (
             None if ending is None else self.end(sequence, ending.reason, turn=turn, matched=ending.matched)
         )
+
+    def _failed(
+        self, sequence: Sequence, what: str, error: Exception, turn: Turn | None = None
+    ) -> TokenEvent:
+        """The last event of a sequence alone in what went wrong."""
+        _log.exception("lowbit: request %s: %s failed", printable(sequence.id), what)
+        text = f"{what} failed ({type(error).__name__}, see the log); request stopped, others unaffected"
+        return self.end(sequence, "error", "internal", text, turn=turn)
 
     def _say(self, turn: Turn, choices: Choices) -> _Ending | None:
         """Choose the next token, add it and its text; why it is the last, or None."""

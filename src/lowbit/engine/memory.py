@@ -145,7 +145,7 @@ def _step_tokens(model: Model, settings: Settings) -> int:
 
 def workspace(model: Model, settings: Settings) -> int:
     """Bytes that the largest step may need beside weights and pages, from above."""
-    rows = max(settings.max_running_requests, PROMPT_LOGPROB_ROWS)
+    rows = settings.max_running_requests + PROMPT_LOGPROB_ROWS
     needed = _step_tokens(model, settings) * _token_bytes(model.config)
     needed += rows * model.vocab_size * _ROW_BYTES
     if "reference" in model.kernels:

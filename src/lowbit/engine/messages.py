@@ -104,6 +104,16 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     rejected_drafts: int = 0
 
 
+class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
+    """These requests' prompts are being computed, or were taken from the cache: they no longer wait."""
+
+    ids: tuple[str, ...]
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """A step is long, and gets on."""
+
+
 class MeasuredQuality(msgspec.Struct, frozen=True, kw_only=True):
     """What somebody measured of the served model (checkpoint/quality.py)."""
 
@@ -164,4 +174,4 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 ToEngine = Request | Cancel | Ping | Drain | FlushCache
-FromEngine = TokenEvent | EngineReady | EngineProgress | EngineFailed | EngineStatus
+FromEngine = TokenEvent | Admitted | Alive | EngineReady | EngineProgress | EngineFailed | EngineStatus

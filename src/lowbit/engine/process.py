@@ -4,7 +4,7 @@ The HTTP process starts it with one end of a socket pair and talks to it in fram
 
     Start ──▶ load the model (EngineProgress …) ──▶ EngineReady, or EngineFailed and exit
           ──▶ loop: read what came, without waiting while there is work
-                    engine.step(), its events in one write
+                    engine.step(), its events in one write; a thread says Alive while a long one gets on
                     idle: what could wait, a step at a time; then wait for a message, and once a second
                     check the page accounting
 
@@ -31,6 +31,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -40,6 +41,8 @@ from typing import Any, Protocol
 import msgspec
 
 from lowbit.engine.messages import (
+    Admitted,
+    Alive,
     Cancel,
     Drain,
     EngineFailed,
@@ -58,6 +61,7 @@ from lowbit.settings import Settings
 _PR_SET_PDEATHSIG = 1
 _IDLE_CHECK_SECONDS = 1.0
 _PROGRESS_SECONDS = 0.1
+_PULSE_SECONDS = 5.0
 _READ_SIZE = 1 << 18
 
 
@@ -72,6 +76,12 @@ class EngineLike(Protocol):
 
     def step(self) -> list[TokenEvent]:
         """One forward pass; what it made certain."""
+
+    def admitted(self) -> list[str]:
+        """Ids of the requests that the last step began with."""
+
+    def progress(self) -> int:
+        """Grows while a step computes; asked by another thread."""
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
@@ -103,13 +113,16 @@ class Connection:
         sock.setblocking(True)
         self._socket = sock
         self._frames: FrameDecoder[ParentMessage] = FrameDecoder(ParentMessage)
+        self._sending = threading.Lock()
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
 
     def send(self, messages: Iterable[object]) -> None:
-        """Write the messages in one call."""
+        """Write the messages in one call. Any thread."""
+        frames = encode_frames(messages)
         try:
-            self._socket.sendall(encode_frames(messages))
+            with self._sending:
+                self._socket.sendall(frames)
         except OSError as error:
             raise ParentGoneError from error
 
@@ -136,23 +149,42 @@ class EngineLoop:
         self._last_check = time.monotonic()
         self._draining = False
         self._more_when_idle = True
+        self._step_since: float | None = None
 
     def run(self) -> None:
         """Until the parent leaves, or has asked to drain and the work is done."""
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         while True:
             busy = self._draining or self._engine.has_work() or self._more_when_idle
             for message in self._connection.receive(0.0 if busy else _IDLE_CHECK_SECONDS):
                 self._handle(message)
             if self._engine.has_work():
+                self._step_since = time.monotonic()
                 events = self._engine.step()
+                self._step_since = None
                 self._more_when_idle = True
-                if events:
-                    self._connection.send(events)
+                admitted = self._engine.admitted()
+                if events or admitted:
+                    news: list[object] = [Admitted(tuple(admitted))] if admitted else []
+                    self._connection.send(news + events)
             elif self._draining:
                 return
             else:
                 self._more_when_idle = self._more_when_idle and self._engine.idle_step()
                 self._check_when_idle()
+
+    def _pulse(self) -> None:
+        """Tell the parent's watchdog that a long step gets on: a large model's may take minutes."""
+        before = -1
+        while True:
+            time.sleep(_PULSE_SECONDS)
+            since, reached = self._step_since, self._engine.progress()
+            if since is not None and time.monotonic() - since > _PULSE_SECONDS and reached != before:
+                try:
+                    self._connection.send([Alive()])
+                except ParentGoneError:
+                    return
+            before = reached
 
     def _handle(self, message: ParentMessage) -> None:
         match message:

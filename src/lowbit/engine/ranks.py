@@ -91,12 +91,12 @@ class Ranks:
     def _watched(self, join: Callable[[], Joined]) -> Joined:
         """What ``join`` comes to, unless one of the others ends before."""
         found: list[Joined] = []
-        failed: list[LowbitError] = []
+        failed: list[BaseException] = []
 
         def run() -> None:
             try:
                 found.append(join())
-            except LowbitError as error:
+            except BaseException as error:  # raised where somebody waits for it
                 failed.append(error)
 
         joining = threading.Thread(target=run, daemon=True)  # left behind where a rank has ended

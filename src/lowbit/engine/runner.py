@@ -122,6 +122,12 @@ class Runner:
         graphs = self._capture.graphs
         (graphs.capture if capture else graphs.replay)(batch, size)
 
+    @property
+    def progress(self) -> int:
+        """Blocks computed so far: whether a long step gets on."""
+        part = getattr(self._model, "part", self._model)
+        return getattr(part, "blocks_done", 0)
+
     def forget_graphs(self) -> None:
         """What they exchange with other ranks goes to a group that is no more."""
         if isinstance(self._capture, GraphedSteps):

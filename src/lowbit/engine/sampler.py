@@ -24,6 +24,7 @@ _CANDIDATES = 1024  # top-p rarely needs more; then no whole vocabulary is sorte
 _NO_TOKENS, _NO_COUNTS = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
 _MOST_CANDIDATES = 1 << 30  # no vocabulary is larger
 _LEAST_TEMPERATURE = 1e-6  # with less a float32 quotient may overflow, and nothing but the likeliest is drawn
+_MOST_BIAS = 1e9  # far above any logit; over the least temperature no float32 overflows
 _BOUNDS = {
     "temperature": (0, math.inf),
     "top_p": (0, 1),
@@ -51,8 +52,11 @@ def checked(sampling: SamplingParams, vocabulary: int) -> SamplingParams:
             raise LowbitError(
                 "invalid_token", f"logit_bias: token id {token} is outside the vocabulary of {vocabulary}"
             )
-        if not math.isfinite(bias):
-            raise LowbitError("invalid_number", f"logit_bias of token {token} must be finite, got {bias}")
+        if not abs(bias) <= _MOST_BIAS:
+            raise LowbitError(
+                "invalid_number",
+                f"logit_bias of token {token} must be between -{_MOST_BIAS:g} and {_MOST_BIAS:g}, got {bias}",
+            )
     changes: dict[str, object] = {}
     if isinstance(sampling.stop, str):
         changes["stop"] = (sampling.stop,)

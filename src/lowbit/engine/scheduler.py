@@ -1,9 +1,10 @@
 """Scheduler: which tokens of which sequences run in the next step.
 
 Continuous batching (Orca: Yu et al., 2022) with chunked prefill (Sarathi: Agrawal et al., 2023): every
-sequence that decodes contributes its one token, and prompts fill what is left of the step's prefill budget.
-When pages run out, idle cached prefixes are evicted, then the youngest sequence is retracted: its pages go
-(into the prefix tree where they are whole) and it waits at the front.
+sequence that decodes contributes its one token, and prompts fill the step's prefill budget, oldest first. One
+that will not be done with it leaves a quarter to those behind it: a short question does not wait for all of a
+long document. When pages run out, idle cached prefixes are evicted, then the youngest sequence is retracted:
+its pages go (into the prefix tree where they are whole) and it waits at the front.
 
 A step may be scheduled while the one before is in flight: a sequence's next token is then known by its place
 only, and pages given away are written to after that step has used them, since steps run one after another.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from lowbit.engine.page_pool import PagePool
 from lowbit.engine.prefix_tree import PrefixTree
@@ -28,7 +29,22 @@ PATIENCE = 16  # later arrivals that may be admitted before a sequence under lpm
 LPM_WINDOW = 128  # waiting sequences lpm looks at; those behind them wait their turn
 AWAITED_PAGES = 2  # that a running prompt is about to share are worth a step's wait; a step costs about one
 EVICTED_SHARE = 64  # of the pool's pages one eviction frees one in so many: it looks through the whole tree
-PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may ask for at once
+PROMPT_LOGPROB_ROWS = 128  # rows of logits that a step's prompts with log-probabilities may ask for
+LEAST_SHARE = 32  # tokens of a step's prefill budget that are not divided further
+
+
+@dataclass
+class _Budget:
+    """What is left of a step: ``tokens`` of prompts, ``rows`` of their logits."""
+
+    tokens: int
+    rows: int
+
+    def spend(self, sequence: Sequence, count: int) -> None:
+        """So many tokens of a sequence are computed, or as many less where ``count`` is negative."""
+        if sequence.pending > 1:
+            self.tokens -= count
+            self.rows -= count * sequence.wants_prompt_logprobs
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._slots = list(range(max_running))  # free ones, of recurrent layers' states
         self.running: list[Sequence] = []  # oldest first
+        self.admitted: list[str] = []  # ids of those admitted for the first time, until somebody clears it
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -107,13 +124,16 @@ class Scheduler:
 
     def next_chunks(self, *, admit: bool = True) -> list[Chunk]:
         """The next step's work; [] when nothing is left to do. ``admit``: whether who waits may join."""
-        budget = self.prefill_budget
+        left = _Budget(self.prefill_budget, PROMPT_LOGPROB_ROWS)
         chunks: dict[Sequence, Chunk] = {}
         retracted = False
+        rivals = sum(sequence.pending > 1 for sequence in self.running)
+        rivals += admit and bool(self.waiting) and len(self.running) < self.max_running
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # retracted for an older one's pages
-            count = self._wanted(sequence, budget)
+            rivals -= sequence.pending > 1
+            count = self._share(sequence, left, alone=rivals == 0)
             if count == 0:
                 continue
             victims = self._make_room(sequence, count)
@@ -123,49 +143,65 @@ class Scheduler:
             if sequence in victims:
                 continue
             chunks[sequence] = Chunk(sequence, count)
-            if sequence.pending > 1:
-                budget -= count
+            left.spend(sequence, count)
         if admit and not retracted:
-            self._admit(budget, chunks)
+            self._admit(left, chunks)
+        if not retracted:
+            self._extend(left, chunks)
         if self._prompts_apart:
             return sorted(chunks.values(), key=lambda chunk: chunk.of_prompt)
         return list(chunks.values())
 
-    def _wanted(self, sequence: Sequence, budget: int) -> int:
-        """Tokens of the sequence for this step."""
+    def _share(self, sequence: Sequence, left: _Budget, *, alone: bool) -> int:
+        """Tokens of the sequence for this step, where others want some of it unless it is ``alone``."""
+        whole = self._wanted(sequence, left.tokens, left.rows)
+        if alone or whole == sequence.pending:
+            return whole
+        least = max(LEAST_SHARE, self._unit)
+        return self._wanted(sequence, max(left.tokens * 3 // 4, min(least, left.tokens)), left.rows)
+
+    def _wanted(self, sequence: Sequence, tokens: int, rows: int) -> int:
+        """Tokens of the sequence for this step, which has room for so many of prompts."""
         if sequence.length >= sequence.limit and not sequence.request.echo_only and sequence.flights:
             return 0  # the step in flight chooses its last one
         if sequence.pending == 1:
             return 1
-        count = min(sequence.pending, budget)
+        count = min(sequence.pending, tokens)
         if self._prompts_apart and sequence.computed < sequence.prompt_length:
             count = min(count, sequence.prompt_length - sequence.computed)
         if sequence.wants_prompt_logprobs:
-            count = min(count, PROMPT_LOGPROB_ROWS)
+            count = min(count, rows)
         if count < sequence.pending and self._unit <= self.prefill_budget:
             count -= min((sequence.computed + count) % self._unit, count)
         return count
 
-    def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> None:
+    def _admit(self, left: _Budget, chunks: dict[Sequence, Chunk]) -> None:
         """Waiting sequences while there is budget and room for all their known tokens."""
-        while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            sequence = self._next_waiting()
-            if sequence.flights:
+        held: set[Sequence] = set()  # those that others are about to share a prompt with
+        while left.tokens > 0 and len(self.running) < self.max_running:
+            sequence = self._next_waiting(held)
+            if sequence is None or sequence.flights:
                 return  # retracted since: its next token must be known
-            if not self._wanted(sequence, budget):
+            if not self._wanted(sequence, left.tokens, left.rows):
                 return  # the next step has room for a whole unit
+            if self._awaits(sequence):
+                held.add(sequence)
+                continue
             matched: list[int] = []
             if self._may_share(sequence):
                 most = self._most_shared(sequence)
                 matched = self.tree.match(sequence.request.cache_salt, sequence.tokens, most)
-                if self._soon_shared(sequence, most) - len(matched) >= AWAITED_PAGES:
+                shared, awaited = self._soon_shared(sequence, most)
+                if shared - len(matched) >= AWAITED_PAGES:
                     self.pool.release(matched)
-                    return  # as n choices of one prompt do: it is computed once
+                    sequence.awaited = awaited  # as n choices of one prompt do: it is computed once
+                    held.add(sequence)
+                    continue
             needed = self._pages_for(len(sequence.tokens)) - len(matched)
             if needed > self.pool.free + self.pool.idle:
                 self.pool.release(matched)
                 return
-            self._take_waiting(sequence)
+            self._take_waiting(sequence, held)
             self.running.append(sequence)
             sequence.slot = self._slots.pop()
             sequence.pages = matched
@@ -173,36 +209,65 @@ class Scheduler:
             if not sequence.admitted:
                 sequence.admitted = True
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
-            count = self._wanted(sequence, budget)
+                self.admitted.append(sequence.id)
+            more = len(self.waiting) > len(held) and len(self.running) < self.max_running
+            count = self._share(sequence, left, alone=not more)
             victims = self._make_room(sequence, count)
             assert not victims, "room was counted before"
             chunks[sequence] = Chunk(sequence, count)
-            budget -= count
+            left.spend(sequence, count)
 
-    def _soon_shared(self, sequence: Sequence, most: int) -> int:
-        """Pages it could take, ``most`` at most, once prompts that are being computed are in the cache."""
+    def _extend(self, left: _Budget, chunks: dict[Sequence, Chunk]) -> None:
+        """What nobody took goes to those who left it, the oldest first, where there are pages for it."""
+        for sequence, chunk in chunks.items():
+            if left.tokens <= 0:
+                return
+            if chunk.count == sequence.pending:
+                continue
+            count = self._wanted(sequence, chunk.count + left.tokens, chunk.count + left.rows)
+            needed = self._pages_for(sequence.computed + count) - len(sequence.pages)
+            if count <= chunk.count or needed > self.pool.free + self.pool.idle:
+                continue
+            victims = self._make_room(sequence, count)
+            assert not victims, "room was counted before"
+            chunks[sequence] = Chunk(sequence, count)
+            left.spend(sequence, count - chunk.count)
+
+    def _awaits(self, sequence: Sequence) -> bool:
+        """Whether the prompt it waits for is still being computed."""
+        other = sequence.awaited
+        if other is not None and (other not in self.running or other.sound >= other.prompt_length):
+            sequence.awaited = other = None
+        return other is not None
+
+    def _soon_shared(self, sequence: Sequence, most: int) -> tuple[int, Sequence | None]:
+        """Pages it could take, ``most`` at most, once a prompt being computed is in the cache; and whose."""
         size, shared = self.page_size, 0
+        found: Sequence | None = None
         for other in self.running:
             prompt = other.request.prompt
             if other.sound < len(prompt) and other.request.cache_salt == sequence.request.cache_salt:
                 pages, same = min(len(prompt) // size, most), 0
                 while same < pages and self._equal_page(same, prompt, sequence.tokens):
                     same += 1
-                shared = max(shared, same)
-        return shared
+                if same > shared:
+                    shared, found = same, other
+        return shared, found
 
     def _equal_page(self, page: int, prompt: tuple[int, ...], tokens: list[int]) -> bool:
         part = slice(page * self.page_size, (page + 1) * self.page_size)
         return prompt[part] == tuple(tokens[part])
 
-    def _next_waiting(self) -> Sequence:
-        """Whose turn it is by the policy. One that does not fit yet keeps its turn: nobody slips past it."""
-        first = self.waiting[0]
+    def _next_waiting(self, held: set[Sequence]) -> Sequence | None:
+        """Whose turn it is by the policy, of those not ``held``. One that does not fit yet keeps its turn:
+        nobody slips past it."""
+        waiting = (sequence for sequence in self.waiting if sequence not in held)
+        first = next(waiting, None)
         # Retracted sequences stand in front, and what was passed over too often cannot be passed again.
-        if not self._longest_first or len(self.waiting) == 1 or first.admitted:
+        if first is None or not self._longest_first or len(self.waiting) == 1 or first.admitted:
             return first
         best, longest = first, -1
-        for sequence in islice(self.waiting, LPM_WINDOW):
+        for sequence in islice(chain((first,), waiting), LPM_WINDOW):
             if sequence.passed >= PATIENCE:
                 return sequence
             matched = 0
@@ -213,12 +278,12 @@ class Scheduler:
                 best, longest = sequence, matched
         return best
 
-    def _take_waiting(self, sequence: Sequence) -> None:
-        """Out of the queue; those it passes remember."""
+    def _take_waiting(self, sequence: Sequence, held: set[Sequence]) -> None:
+        """Out of the queue; those it passes remember, but for who waits for another prompt anyway."""
         for earlier in self.waiting:
             if earlier is sequence:
                 break
-            earlier.passed += 1
+            earlier.passed += earlier not in held
         self.waiting.remove(sequence)
 
     def _may_share(self, sequence: Sequence) -> bool:

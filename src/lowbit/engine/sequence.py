@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass, field
 
 from lowbit.engine.detokenizer import IncrementalDetokenizer
@@ -43,6 +42,7 @@ class Sequence:
     slot: int = -1  # where recurrent layers keep its state while it runs
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache, when first admitted
     admitted: bool = False
+    awaited: Sequence | None = None  # whose prompt it waits for, to share it
     passed: int = 0  # how many later arrivals were admitted before it
     announced: bool = False  # whether its first event is out
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -53,18 +53,17 @@ class Sequence:
 
     @classmethod
     def start(
-        cls, request: Request, limit: int, stop_ids: frozenset[int], tokenizer: Tokenizer, seed: int | None
+        cls, request: Request, limit: int, stop_ids: frozenset[int], tokenizer: Tokenizer, seed: int
     ) -> Sequence:
         """A sequence that has computed nothing."""
         sampling = request.sampling
-        own = sampling.seed if sampling.seed is not None else seed
         return cls(
             request,
             limit,
             frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids),
             IncrementalDetokenizer(tokenizer, sampling, request.prompt),
             list(request.prompt),
-            secrets.randbits(63) if own is None else own & (1 << 63) - 1,
+            seed & (1 << 63) - 1,
         )
 
     @property
@@ -107,3 +106,12 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt rows' logits are still needed."""
         return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
+
+
+def mixed(number: int) -> int:
+    """A seed of 64 bits that looks drawn, for each number another (SplitMix64: Steele et al., 2014)."""
+    whole = (1 << 64) - 1
+    z = number * 0x9E3779B97F4A7C15 & whole
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & whole
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & whole
+    return z ^ z >> 31

@@ -80,6 +80,7 @@ class LanguageModel(ABC, Generic[BlockT]):
         self.activation_dtype = loader.activation_dtype
         self.kernels: frozenset[str] = frozenset()
         self.quantization = ""
+        self.blocks_done = 0  # over all steps, but those that are replayed
         self.weight_bytes = 0
         self.mapped_bytes = 0
         self.others: Sequence[Any] = ()
@@ -139,6 +140,7 @@ class LanguageModel(ABC, Generic[BlockT]):
         with prompt_rows(batch.prompt_row, len(batch.tokens)):
             for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
                 hidden = self.forward_block(layer, hidden, residual, cache, batch)
+                self.blocks_done += 1
         rows = gather_rows(hidden, batch.sample_rows)
         if batch.greedy and self.screened is not None:
             logits = self.screened(rows)

@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from lowbit.engine.messages import EngineProgress, EngineReady, SamplingParams
+from lowbit.engine.messages import EngineProgress, EngineReady
 from lowbit.errors import LowbitError, printable
 from lowbit.server import admin, chat, completions, health, native, tokens
 from lowbit.server.api_error import ApiError, ClientGoneError, to_api_error
@@ -114,12 +114,6 @@ class App:
             return await self.workers.run(seconds, what, work)
         except LowbitError as error:
             raise ApiError(400, "text_refused", error.message, param=param) from None
-
-    def seeded(self, sampling: SamplingParams) -> SamplingParams:
-        """With ``--random-seed`` where the request has no seed."""
-        if sampling.seed is None and self.settings.random_seed is not None:
-            return msgspec.structs.replace(sampling, seed=self.settings.random_seed)
-        return sampling
 
     def stream_options(self, request: GenerationFields) -> StreamOptions:
         """What the request says of its stream, with usage where the server always gives it."""

@@ -69,7 +69,9 @@ def _message(message: dict[str, Any], where: str, knows_developer: bool) -> dict
     # The openai client's newer name of the system role; few templates know it.
     result["role"] = "system" if role == "developer" and not knows_developer else role
     result["content"] = _content(given.get("content", ""), f"{where}.content")
-    if "tool_calls" in given:
+    if not given.get("tool_calls"):
+        result.pop("tool_calls", None)  # to templates an empty list is a call
+    else:
         result["tool_calls"] = _tool_calls(given["tool_calls"], f"{where}.tool_calls")
     return result
 
@@ -110,6 +112,9 @@ async def render(
     """Token ids of the conversation."""
     template = app.text.require_template()
     variables = request.chat_template_kwargs
+    effort = request.reasoning_effort if isinstance(request, ChatRequest) else None
+    if effort is not None and "reasoning_effort" in template.source:
+        variables = {"reasoning_effort": effort, **variables}
     for name in variables.keys() & RESERVED_VARIABLES:
         text = f"chat_template_kwargs may not set '{name}'"
         raise bad_request("invalid_request", text, "chat_template_kwargs")
@@ -154,7 +159,7 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
     check_fit(ready, len(ids), max_tokens, "messages")
     identity = app.new_id("chatcmpl")
     salt = salt_of(exchange, request.cache_salt)
-    generation = Generation.plan(identity, [tuple(ids)], [app.seeded(sampling)], request.n, salt)
+    generation = Generation.plan(identity, [tuple(ids)], [sampling], request.n, salt)
     names = TokenNames(app.text.tokenizer, request.return_tokens_as_token_ids)
     envelope: dict[str, object] = {"id": identity, "created": created(), "model": app.model_name}
     if request.stream:

@@ -69,7 +69,6 @@ async def completions(app: App, exchange: Exchange) -> None:
         check_fit(ready, len(prompt), request.max_tokens, "prompt")
     identity = app.new_id("cmpl")
     salt = salt_of(exchange, request.cache_salt)
-    sampling = app.seeded(sampling)
     samplings = [with_room(sampling, ready, len(prompt), DEFAULT_TOKENS) for prompt in prompts]
     generation = Generation.plan(identity, prompts, samplings, request.n, salt)
     printer = _Printer(request, TokenNames(tokenizer, request.return_tokens_as_token_ids), texts)

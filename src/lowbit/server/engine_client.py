@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from lowbit.engine.messages import (
+    Admitted,
+    Alive,
     Drain,
     EngineFailed,
     EngineProgress,
@@ -90,6 +92,7 @@ class EngineClient:
         self.progress: EngineProgress | None = None
         self.loading_since = now()
         self.status = EngineStatus()
+        self.news = 0  # events with tokens so far
         self._settings = settings
         self._command = list(command)
         self._resolved = asyncio.Event()
@@ -99,7 +102,8 @@ class EngineClient:
         self._sequences: dict[str, Sequence] = {}
         self._streams: set[Stream] = set()
         self._failure: EngineFailed | None = None
-        self._asked_since: float | None = None  # when the Ping was sent that is not answered yet
+        # When the Ping was sent that is not answered yet, or a step last showed that it gets on.
+        self._asked_since: float | None = None
         self._dumped = False
         self._finish_rate = 0.0  # sequences a second, smoothed; for Retry-After
         self._finished_before = 0
@@ -110,7 +114,7 @@ class EngineClient:
 
     @property
     def hung(self) -> bool:
-        """Whether the engine has not answered for longer than a step may take."""
+        """Whether the engine has done nothing for longer than a part of a step may take."""
         asked = self._asked_since
         return asked is not None and now() - asked > self.limits.hang_dump_seconds
 
@@ -323,10 +327,16 @@ class EngineClient:
         match message:
             case TokenEvent():
                 self._deliver(message)
+            case Admitted():
+                for identity in message.ids:
+                    self._note_admission(identity)
+            case Alive():
+                self._asked_since = now() if self._asked_since is not None else None
             case EngineStatus():
                 self.status = message
                 self._asked_since = None
                 self._dumped = False
+                self._watch_queue()
             case EngineProgress():
                 self.progress = message
                 self.hooks.on_progress(message)
@@ -346,10 +356,8 @@ class EngineClient:
         if sequence is None:
             return  # cancelled while this event was on its way
         moment = now()
-        if not sequence.started:
-            sequence.started = True
-            self.hooks.on_queue_wait(moment - sequence.submitted)
         if event.tokens:
+            self.news += 1
             if sequence.last_token:
                 self.hooks.on_token_gap(moment - sequence.last_token, len(event.tokens))
             else:
@@ -359,6 +367,12 @@ class EngineClient:
             self.counters.finished += 1
             self.forget(sequence)
         sequence.stream.put(sequence, event)
+
+    def _note_admission(self, identity: str) -> None:
+        sequence = self._sequences.get(identity)
+        if sequence is not None:
+            sequence.stream.begun = True
+            self.hooks.on_queue_wait(now() - sequence.submitted)
 
     async def _tick(self) -> None:
         """Deadlines, the watchdog and the status, once a tick."""
@@ -391,22 +405,21 @@ class EngineClient:
             process.send_signal(signal.SIGUSR1)
 
     def _watch_deadlines(self) -> None:
-        moment = now()
-        limits = self.limits
-        # Of the sequences without an event, only the engine's last ``waiting`` are queued; the others compute
-        # their prompt, which may take longer than anybody would want to queue.
-        silent = [s for s in self._sequences.values() if not s.started]
-        queued = {s.request.id for s in silent[len(silent) - self.status.waiting :]} if silent else set()
+        seconds = self.limits.request_seconds
         for stream in list(self._streams):
-            if moment - stream.created > limits.request_seconds:
-                stream.fail(
-                    "request_timeout", f"not finished after {limits.request_seconds:g} s; request stopped"
-                )
-            elif stream.overdue(queued, moment - limits.queue_seconds):
-                stream.fail(
-                    "queue_timeout",
-                    f"waited {limits.queue_seconds:g} s without being started; try again later",
-                )
+            if now() - stream.created > seconds:
+                stream.fail("request_timeout", f"not finished after {seconds:g} s; request stopped")
+        if self.hung:
+            self._watch_queue()
+
+    def _watch_queue(self) -> None:
+        """Give up on streams of which nothing was begun. Asked when the engine has told all that it began: in
+        the middle of a long step nobody knows."""
+        seconds = self.limits.queue_seconds
+        for stream in list(self._streams):
+            if not stream.begun and now() - stream.created > seconds:
+                text = f"waited {seconds:g} s without being started; try again later"
+                stream.fail("queue_timeout", text)
 
     async def stop(self) -> None:
         """End the engine: by itself if it can within ``stop_seconds``, else by force."""

@@ -21,7 +21,7 @@ from lowbit.server.api_error import ApiError, bad_request, from_event
 from lowbit.server.engine_client import EngineClient, Stream
 from lowbit.server.http import Exchange, now
 from lowbit.server.protocol import StreamOptions
-from lowbit.server.request_values import MAX_PROMPTS, seed_of_choice
+from lowbit.server.request_values import MAX_PROMPTS, MAX_RATED, seed_of_choice
 from lowbit.tokenization.tokenizer import Tokenizer
 
 _ENCODER = msgspec.json.Encoder()
@@ -92,6 +92,17 @@ class Generation:
         if len(prompts) * n > MAX_PROMPTS:
             text = f"{thousands(len(prompts))} prompts with n {n} are {thousands(len(prompts) * n)} choices"
             raise bad_request("too_many_choices", f"{text}; limit {thousands(MAX_PROMPTS)}", "n")
+        rated = n * sum(
+            len(prompt) * (1 + sampling.prompt_logprobs)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+            if sampling.prompt_logprobs is not None
+        )
+        if rated > MAX_RATED:
+            text = (
+                f"log-probabilities of all prompt tokens and their alternatives are {thousands(rated)}; "
+                f"limit {thousands(MAX_RATED)}: send less at a time, or ask for fewer alternatives"
+            )
+            raise bad_request("too_many_logprobs", text, "logprobs")
         requests = []
         for index in range(len(prompts) * n):
             sampling = samplings[index // n]

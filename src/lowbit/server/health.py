@@ -3,7 +3,7 @@
 /livez              the process answers: 200, also while the model loads
 /health             200 when the model is served, else 503, as with SGLang; the state either way
 /readyz             requests are answered: 200, else 503 with the reason
-/health_generate    one real token came out of the engine
+/health_generate    a real token came out of the engine since somebody asked
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from lowbit.engine.messages import SamplingParams
 from lowbit.server.api_error import ApiError
 from lowbit.server.generation import Generation
 from lowbit.server.http import Exchange
+from lowbit.server.stream import Stream
 
 if TYPE_CHECKING:
     from lowbit.server.app import App
+
+_LOOK_SECONDS = 0.2  # how often it is looked whether another request's token came
 
 
 def state(app: App) -> str:
@@ -47,22 +50,31 @@ async def ready(app: App, exchange: Exchange) -> None:
 
 
 async def generate(app: App, exchange: Exchange) -> None:
-    """One token, through the whole engine."""
+    """One token, through the whole engine; any will do, so that a busy server is no broken one."""
     app.client.require_ready()
-    tokenizer = app.text.tokenizer
+    tokenizer, before = app.text.tokenizer, app.client.news
     prompt = (tokenizer.bos_id if tokenizer.bos_id is not None else 0,)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     # A salt of its own: the probe must compute, not read the prefix cache.
     generation = Generation.plan(app.new_id("health"), [prompt], [sampling], 1, app.new_id("health"))
-    stream = app.client.open(generation.requests)
+    stream: Stream | None = None
+    try:
+        stream = app.client.open(generation.requests)
+    except ApiError as error:
+        if error.code != "overloaded":
+            raise
     try:
         async with asyncio.timeout(app.limits.health_seconds):
-            while stream.unfinished or stream.has_news:
-                for index, event in await stream.next(1.0):
+            while app.client.news == before:
+                if stream is None:
+                    await asyncio.sleep(_LOOK_SECONDS)
+                    continue
+                for index, event in await stream.next(_LOOK_SECONDS):
                     generation.add(index, event, exchange.request_id)
     except TimeoutError:
         text = f"no token within {app.limits.health_seconds:g} s"
         raise ApiError(503, "health_timeout", text) from None
     finally:
-        stream.close()
-    await exchange.send_json({"status": "ok", "completion_tokens": generation.outputs[0].completion_tokens})
+        if stream is not None:
+            stream.close()
+    await exchange.send_json({"status": "ok"})

@@ -38,8 +38,8 @@ class Limits:
     health_seconds: float = 20.0  # for /health_generate
 
     tick_seconds: float = 1.0  # how often deadlines are looked at and the engine is pinged
-    hang_dump_seconds: float = 60.0  # a step that takes so long: stack dump, not ready
-    hang_kill_seconds: float = 300.0  # … so long: kill and restart
+    hang_dump_seconds: float = 60.0  # a step that does nothing for so long: stack dump, not ready
+    hang_kill_seconds: float = 300.0  # … for so long: kill and restart
     restarts: int = 5  # in restart_window_seconds; one more ends the server
     restart_window_seconds: float = 600.0
     stop_seconds: float = 5.0  # for the engine to leave by itself at the end
@@ -53,4 +53,6 @@ class Limits:
             queue_seconds=settings.queue_timeout,
             request_seconds=settings.request_timeout,
             drain_seconds=settings.drain_timeout,
+            hang_dump_seconds=settings.soft_watchdog_timeout,
+            hang_kill_seconds=settings.watchdog_timeout,
         )

@@ -41,7 +41,7 @@ class Metrics:
             "lowbit_inter_token_latency_seconds", "Between tokens of a sequence.", _GAP_SECONDS
         )
         self._queue_wait = self._times(
-            "lowbit_queue_wait_seconds", "From submission to a sequence's first news.", _SECONDS
+            "lowbit_queue_wait_seconds", "From submission to the step that begins with a sequence.", _SECONDS
         )
 
     def _times(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -77,7 +77,7 @@ class Metrics:
 _COUNTERS = {
     "lowbit_steps": ("steps", "Forward passes."),
     "lowbit_captured_steps": ("captured_steps", "Forward passes replayed from a graph or step plan."),
-    "lowbit_prompt_tokens": ("prompt_tokens", "Prompt tokens of accepted sequences."),
+    "lowbit_prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
     "lowbit_cached_prompt_tokens": ("cached_prompt_tokens", "Prompt tokens taken from the prefix cache."),
     "lowbit_generated_tokens": ("generated_tokens", "Tokens generated."),
     "lowbit_draft_tokens": ("draft_tokens", "Guessed tokens that were computed."),
@@ -111,7 +111,8 @@ class _EngineCollector(Collector):
             pages.add_metric([state], count)
         yield pages
         yield GaugeMetricFamily("lowbit_kv_pages_total", "Pages in the KV pool.", value=status.pages_total)
-        rate = status.cached_prompt_tokens / status.prompt_tokens if status.prompt_tokens else 0.0
+        known = status.cached_prompt_tokens + status.prompt_tokens
+        rate = status.cached_prompt_tokens / known if known else 0.0
         yield GaugeMetricFamily(
             "lowbit_cache_hit_rate", "Share of prompt tokens taken from the prefix cache.", value=rate
         )

@@ -63,9 +63,7 @@ async def generate(app: App, exchange: Exchange) -> None:
         lambda: [tuple(encode_prompt(tokenizer, p)) if isinstance(p, str) else p for p in given],
         param,
     )
-    samplings = [
-        app.seeded(_sampling(app, each, wish, ready)) for each, wish in zip(fields, wishes, strict=True)
-    ]
+    samplings = [_sampling(app, each, wish, ready) for each, wish in zip(fields, wishes, strict=True)]
     for prompt, sampling in zip(prompts, samplings, strict=True):
         check_fit(ready, len(prompt), sampling.max_tokens, param, "max_new_tokens")
     samplings = [

@@ -11,7 +11,7 @@ from __future__ import annotations
 IGNORED = frozenset(
     {
         *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity", "reasoning_effort"),
+        *("prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity"),
         *("include_reasoning", "separate_reasoning", "stream_reasoning", "spaces_between_special_tokens"),
         *("priority", "request_id", "rid", "custom_labels", "parallel_tool_calls", "data_parallel_rank"),
         *("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "decode_tp_size"),

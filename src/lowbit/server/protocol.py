@@ -109,6 +109,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     tools: list[dict[str, Any]] = []
     tool_choice: Any = None
     max_completion_tokens: int | None = None
+    reasoning_effort: str | None = None  # for templates that read it
     logprobs: bool = False
     top_logprobs: int = 0
     add_generation_prompt: bool = True

@@ -25,6 +25,7 @@ from lowbit.server.strict_json import MAX_DEPTH, depth_exceeds
 from lowbit.tokenization.generation_config import RECOMMENDED
 
 MAX_PROMPTS = 2048
+MAX_RATED = 1 << 20  # log-probabilities of prompt tokens and alternatives, some 120 bytes each
 MAX_TOOLS = 128
 MAX_TOOL_BYTES = 64 * 1024
 MAX_TOOL_DEPTH = 32

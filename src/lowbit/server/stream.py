@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 class Sequence:
     """One request in the engine, or waiting in its stream for a place."""
 
-    __slots__ = ("index", "last_token", "request", "started", "stream", "submitted")
+    __slots__ = ("index", "last_token", "request", "stream", "submitted")
 
     def __init__(self, stream: Stream, index: int, request: Request) -> None:
         self.stream = stream
         self.index = index
         self.request = request
         self.submitted = 0.0  # when it went to the engine; 0 = not yet
-        self.started = False  # its first event came
         self.last_token = 0.0
 
 
@@ -48,6 +47,7 @@ class Stream:
         self._on_overflow: Callable[[], None] | None = None
         self.places = places  # of the engine's that this stream holds
         self.unfinished = len(requests)
+        self.begun = False  # the engine has begun with one of them
         self.created = now()
 
     @property
@@ -118,12 +118,8 @@ class Stream:
             )
             self.put(sequence, event)
 
-    def overdue(self, queued: set[str], before: float) -> bool:
-        """Whether one of the ``queued`` request ids is this stream's and was submitted ``before``."""
-        return any(s.request.id in queued and s.submitted < before for s in self._running.values())
-
 
 def _weight(event: TokenEvent) -> int:
-    """Bytes an event keeps in memory, roughly."""
-    prompt = len(event.prompt_logprobs or ())
-    return 64 + len(event.text) + 64 * (len(event.logprobs) + prompt)
+    """Bytes that an event keeps in memory where its reader is slow, roughly. What is said of its prompt comes
+    once, whoever reads."""
+    return 64 + len(event.text) + 64 * len(event.logprobs)
