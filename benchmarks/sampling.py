@@ -82,7 +82,7 @@ def sequences_of(rule: dict[str, Any]) -> list[Sequence]:
     made = []
     for seed in range(ROWS):
         request = Request(id=str(seed), prompt=(1,), sampling=SamplingParams(seed=seed, **rule))
-        made.append(Sequence.start(request, 1000, frozenset(), tokenizer, 0))
+        made.append(Sequence.start(request, 1000, frozenset(), tokenizer, None))
     return made
 
 

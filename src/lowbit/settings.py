@@ -263,9 +263,10 @@ class Settings:
     max_queued_requests: int | None = option(
         None, "Requests that may wait; default: max(64, 4 x running).", "engine", minimum=1
     )
-    chunked_prefill_size: int = option(
-        512, "Prompt tokens computed in one step; -1: whole prompts.", "engine", minimum=1, also=(-1,)
-    )
+    chunked_prefill_size: int | None = option(
+        None, "Prompt tokens computed in one step; -1: whole prompts. Default: 512; on a GPU 2048, with 35 "
+        "GiB 4096, with 60 GiB 8192.", "engine", minimum=1, also=(-1,),
+    )  # fmt: skip
     schedule_policy: str = option(
         "fcfs", "Which waiting request runs next. fcfs: first come, first served; lpm: the one with the "
         "longest prefix in the cache, but none is passed over more than 16 times.", "engine",

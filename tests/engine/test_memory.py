@@ -15,7 +15,7 @@ from engine.test_engine import make_engine, make_request, prompts, run, tokens_o
 from lowbit.engine import load as load_module
 from lowbit.engine import memory
 from lowbit.engine.engine import Engine, ForcedModes
-from lowbit.engine.memory import pool_pages, workspace
+from lowbit.engine.memory import pool_pages, prefill_tokens, workspace
 from lowbit.engine.scheduler import Chunk
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
@@ -83,6 +83,17 @@ def test_the_largest_step_has_its_room_whatever_the_fraction(gpu: Callable[[floa
     assert workspace(reference, Settings()) > step  # type: ignore[arg-type]
 
 
+def test_a_gpu_computes_more_of_a_prompt_at_once(gpu: Callable[[float, float], None]) -> None:
+    """Its products wait for arithmetic then, not for memory or for who launches them."""
+    found = []
+    for total in (16, 24, 40, 80, 141):
+        gpu(total, total / 2)
+        found.append(prefill_tokens(Settings(), OnGpu().device))
+    assert found == [2048, 2048, 4096, 8192, 8192]
+    assert prefill_tokens(Settings(), torch.device("cpu")) == 512
+    assert prefill_tokens(Settings(chunked_prefill_size=64), OnGpu().device) == 64
+
+
 @pytest.mark.parametrize(
     ("free", "options", "words"),
     [
@@ -104,7 +115,7 @@ def test_errors_name_numbers_and_ways_out(
     assert caught.value.code == "E0502"
     fraction = options.get("mem_fraction_static", 0.85)
     origin = [f"{free:.1f} of the GPU's 40.0 GiB are free", f"--mem-fraction-static is {fraction:g}"]
-    for word in [*words, *origin, "for a step of 576 tokens"]:
+    for word in [*words, *origin, "for a step of 4160 tokens"]:
         assert word in caught.value.message
 
 

@@ -354,3 +354,22 @@ def test_scaled_product_of_torch(one: bool) -> None:
     eight_bit.scaled_product(codes, weight_, bias, out)
     wanted = (x.float() @ w.float().T) * x_scale[:, None] * w_scale + bias.float()
     torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_the_vendors_product_knows_no_gates_and_no_views(
+    activation: str | None, device: torch.device
+) -> None:
+    """They come behind it: half of a block's products are those of gates."""
+    x, w = (random(rows, 64, seed=rows).to(torch.float8_e4m3fn).to(device) for rows in (32, 48))
+    x_scale, w_scale = random(32).abs().to(device), random(48, seed=1).abs().to(device)
+    codes, weight_ = Codes(x, x_scale, None, None), EightBitWeight(w, w_scale, one_scale=None)
+    wide = torch.full((32, 64), 7.0, dtype=torch.bfloat16, device=device)
+    out = wide[:, 8:56] if activation is None else wide[:, 8:32]
+    eight_bit._scaled(codes, weight_, None, out, activation)
+    wanted = (x.float() @ w.float().T) * x_scale[:, None] * w_scale
+    if activation is not None:
+        gate, up = wanted.bfloat16().float().chunk(2, 1)
+        wanted = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
+    assert (wide[:, :8] == 7).all() and (wide[:, 8 + out.shape[1] :] == 7).all()

@@ -20,7 +20,7 @@ from gguf_blocks import random_blocks, tensor_of
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
+from lowbit.kernels.gpu.linear import MOST_SLICE, GpuBlocks, GpuDense, slice_rows
 from lowbit.kernels.gpu.programs import Cut
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -199,6 +199,24 @@ def test_many_tokens_meet_slices_of_rows(
 def test_slices_of_rows_join(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.gpu.linear._WORKSPACE", 1)
     assert product(canonical("int4", 16, shape=(300, 32)), 512, device, torch.float32) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "wanted"),
+    [
+        (4096, 4096, 512, 4096),
+        (4096, 14336, 512, 4096),  # 32 MiB would be 1,152 rows: 20 tiles on 132 SMs
+        (28672, 4096, 512, 7168),  # 33 tiles of 256 rows are asked for, in slices alike
+        (28672, 4096, 8192, 4096),
+        (8192, 28672, 512, 4096),  # all of it would be 448 MiB
+        (8192, 28672, 8192, 768),
+        (100, 64, 512, 128),
+    ],
+)
+def test_a_slice_occupies_all_processors(rows: int, columns: int, tokens: int, wanted: int) -> None:
+    found = slice_rows(rows, columns * 2, tokens, 132)
+    assert found == wanted and found % 128 == 0
+    assert found * columns * 2 <= MOST_SLICE
 
 
 @pytest.mark.parametrize(("tokens", "height"), [(1, 128), (1, 32), (2, 128), (2, 64)])

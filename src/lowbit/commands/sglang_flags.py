@@ -23,7 +23,7 @@ COMPARED: dict[str, str] = {
     "tp_size": "the same, on CPUs too; ranks may have unequal parts, cut where groups end",
     "mem_fraction_static": "the same on a GPU; on a CPU the KV pool's share of what the weights leave free",
     "max_total_tokens": "tokens of the KV pool; more than fit is an error, not cut",
-    "chunked_prefill_size": "the same; -1 turns it off",
+    "chunked_prefill_size": "the same; -1 turns it off; by the GPU's memory unless set, 512 on a CPU",
     "max_running_requests": "the same",
     "max_queued_requests": "the same; more are answered with 429",
     "schedule_policy": "fcfs, lpm; others are refused by name",

@@ -44,6 +44,11 @@ def rules_for(model: Model, settings: Settings) -> Speculation | None:
             "lowbit: speculation: some layers run on the reference kernel, whose last bits depend on how "
             "many tokens a step has: with drafts, as in a batch, a close call may go the other way"
         )
+    if model.device.type == "cuda":
+        _log.warning(
+            "lowbit: speculation: on a GPU steps with drafts are no CUDA graphs and do not overlap: it is "
+            "faster where answers copy much of their prompts, and slower where they do not"
+        )
     return rules
 
 

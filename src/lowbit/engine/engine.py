@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -31,7 +30,7 @@ from lowbit.engine.drafting import Drafting, log_drafts, rules_for
 from lowbit.engine.finish import Finisher
 from lowbit.engine.idle import IdleWork
 from lowbit.engine.launch import Launcher
-from lowbit.engine.memory import claim_scratch, pool_pages
+from lowbit.engine.memory import claim_scratch, pool_pages, prefill_tokens
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
@@ -166,7 +165,7 @@ class Engine:
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
-        size = self.settings.chunked_prefill_size
+        size = prefill_tokens(self.settings, self.model.device)
         return pages * self.settings.page_size if size < 0 else size
 
     def _may_share(self) -> bool:
@@ -233,20 +232,18 @@ class Engine:
                 f"prompt is {length} tokens{asked} {self.context_length}; shorten the prompt or lower "
                 "max_tokens",
             )
-        sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self._seed(sampling))
+        sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self._next_seed(sampling))
         if self._drafting is not None:
             self._drafting.follow(sequence)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
-    def _seed(self, sampling: SamplingParams) -> int:
-        """Of the sequence's draws. ``--random-seed`` begins a row of seeds, one for each sequence that brings
-        none: equal requests draw differently, and the same ones in the same order as before."""
-        if sampling.seed is not None:
-            return sampling.seed
+    def _next_seed(self, sampling: SamplingParams) -> int | None:
+        """Where the sequence brings none. ``--random-seed`` begins a row of seeds: equal requests draw
+        differently, and the same ones in the same order as before."""
         first = self.settings.random_seed
-        if first is None:
-            return secrets.randbits(63)
+        if sampling.seed is not None or first is None:
+            return None
         self._seeded += 1
         return mixed(first + self._seeded)
 

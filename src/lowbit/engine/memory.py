@@ -17,6 +17,7 @@ import torch
 from lowbit.engine.scheduler import PROMPT_LOGPROB_ROWS
 from lowbit.errors import LowbitError
 from lowbit.kernels.device_memory import free_memory, total_memory
+from lowbit.kernels.gpu.linear import MOST_SLICE
 from lowbit.kernels.recurrent import state_bytes
 from lowbit.kernels.reference import SLICE_WEIGHTS
 from lowbit.models.config import ModelConfig
@@ -25,6 +26,7 @@ from lowbit.settings import CPU_FRACTION, GPU_FRACTION, Settings
 
 _GIB = 1 << 30
 _FIXED = 1 << 28  # of libraries and kernels, and what lies about unused in torch's cache
+_GPU_CHUNKS = ((60, 8192), (35, 4096))  # tokens of a step by GiB of the GPU
 _SLACK = 1.25  # blocks are rounded up, and what is freed cannot always be used at once
 _CLAIMED = 1 << 21  # bytes at once: about a millisecond
 _MOST_SCRATCH = 1 << 26  # bytes claimed
@@ -136,9 +138,20 @@ def _gpu_room(model: Model, settings: Settings) -> _Room:
     return _Room(max(min(free - int(total * (1 - fraction)), most), 0), most, origin)
 
 
+def prefill_tokens(settings: Settings, device: torch.device) -> int:
+    """Prompt tokens a step, -1 for whole prompts: enough that a GPU's products are bound by arithmetic, and
+    a step's time by them and not by who launches it."""
+    if settings.chunked_prefill_size is not None:
+        return settings.chunked_prefill_size
+    if device.type != "cuda":
+        return 512
+    total = total_memory(device)
+    return next((tokens for least, tokens in _GPU_CHUNKS if total >= least * _GIB), 2048)
+
+
 def _step_tokens(model: Model, settings: Settings) -> int:
     """Tokens of the largest step."""
-    chunk = settings.chunked_prefill_size
+    chunk = prefill_tokens(settings, model.device)
     longest = settings.context_length or model.context_length
     return (longest if chunk < 0 else min(chunk, longest)) + settings.max_running_requests
 
@@ -148,6 +161,8 @@ def workspace(model: Model, settings: Settings) -> int:
     rows = settings.max_running_requests + PROMPT_LOGPROB_ROWS
     needed = _step_tokens(model, settings) * _token_bytes(model.config)
     needed += rows * model.vocab_size * _ROW_BYTES
+    if "gpu_blocks" in model.kernels:
+        needed += MOST_SLICE
     if "reference" in model.kernels:
         needed += SLICE_WEIGHTS * 16  # codes, float32 weights on their way and as they are multiplied
     return int(needed * _SLACK) + _FIXED

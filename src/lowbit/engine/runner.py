@@ -21,7 +21,7 @@ from lowbit.engine.cuda_graphs import (
 )
 from lowbit.engine.host_batch import HostBatch
 from lowbit.engine.prompts import rounds_prompts
-from lowbit.engine.scheduler import Chunk
+from lowbit.engine.scheduler import PROMPT_LOGPROB_ROWS, Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.errors import printable
 from lowbit.kernels import native
@@ -39,7 +39,7 @@ _log = logging.getLogger("lowbit")
 # A Triton kernel is compiled, for a second or more, when it is first launched with tiles of a size, which no
 # request should wait for. Tokens of prompts that meet all of them: of linear layers, of attention where a
 # group has one query head to many, and of attention to prompts among other sequences.
-WARM_TOKENS = (1, 3, 5, 9, 17, 33, 65, 129, 257, 385, 512)
+WARM_TOKENS = (1, 3, 5, 9, 17, 33, 65, 128, 129, 257, 385, 512, 1024, 2048, 4096)
 WARM_LONGEST = (1, 17, 33, 65)
 WARM_SEQUENCES = (2, 17, 65, 257)
 
@@ -176,6 +176,9 @@ class Runner:
         lengths = filled(sequences, 1)
         longest = tokens - sequences + 1
         lengths[:1] = longest
+        sampled = filled(sequences, tokens - 1).long()
+        if sequences == 1 and tokens <= PROMPT_LOGPROB_ROWS:  # the head's kernels of as many rows, too
+            sampled = torch.arange(tokens, device=self._model.device)
         return ForwardBatch(
             tokens=filled(tokens, 0),
             positions=filled(tokens, 0),
@@ -183,7 +186,7 @@ class Runner:
             query_lengths=lengths,
             context_lengths=filled(sequences, 0),
             page_table=filled(sequences, 0)[:, None],
-            sample_rows=filled(sequences, tokens - 1).long(),
+            sample_rows=sampled,
             page_size=self._page_size,
             max_query=longest,
             max_context=max(context, longest),

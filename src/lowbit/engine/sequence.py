@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 
 from lowbit.engine.detokenizer import IncrementalDetokenizer
@@ -53,17 +54,18 @@ class Sequence:
 
     @classmethod
     def start(
-        cls, request: Request, limit: int, stop_ids: frozenset[int], tokenizer: Tokenizer, seed: int
+        cls, request: Request, limit: int, stop_ids: frozenset[int], tokenizer: Tokenizer, seed: int | None
     ) -> Sequence:
         """A sequence that has computed nothing."""
         sampling = request.sampling
+        own = sampling.seed if sampling.seed is not None else seed
         return cls(
             request,
             limit,
             frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids),
             IncrementalDetokenizer(tokenizer, sampling, request.prompt),
             list(request.prompt),
-            seed & (1 << 63) - 1,
+            secrets.randbits(63) if own is None else own & (1 << 63) - 1,
         )
 
     @property

@@ -45,7 +45,7 @@ from torch import Tensor
 from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.activation_quant import Codes
-from lowbit.kernels.gpu.elementwise import activate
+from lowbit.kernels.gpu.elementwise import activate, gated_activation
 from lowbit.kernels.gpu.language import cast, dot
 from lowbit.kernels.gpu.outlier_columns import TOGETHER, add_columns
 
@@ -524,13 +524,32 @@ def _by_library(
         return True
     # The product with scales of rows takes e5m2 on the left alone.
     narrow = weight.codes.dtype is torch.float8_e4m3fn
-    fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and narrow
-    if not fits or not fp8_dots(device) or (bias is not None and narrow_bias is None):
+    if (
+        out.dtype is not torch.bfloat16
+        or not narrow
+        or not fp8_dots(device)
+        or (bias is not None and narrow_bias is None)
+    ):
         return False
     if (x.factor is None or weight.one_scale is None) and not scales_rows(device):
         return False
-    scaled_product(x, weight, narrow_bias, out)
+    _scaled(x, weight, narrow_bias, out, activation)
     return True
+
+
+def _scaled(
+    x: Codes, weight: EightBitWeight, bias: Tensor | None, out: Tensor, activation: str | None
+) -> None:
+    """The vendor's product into bfloat16 ``out``: its gates met afterwards, as it knows none."""
+    if activation is None and out.is_contiguous():
+        scaled_product(x, weight, bias, out)
+        return
+    whole = torch.empty(len(x.codes), len(weight.codes), dtype=out.dtype, device=out.device)
+    scaled_product(x, weight, bias, whole)
+    if activation is None:
+        out.copy_(whole)
+    else:
+        gated_activation(whole, activation, out)
 
 
 def whole_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ refuses, and x of any float type, with float32 sums:
     2 to 64        ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
                    holds; scales meet the float32 sums of their columns. Tables (nf4) are rounded
     65 to 511      ``tile_product``: tiles of weights are dequantized and rounded to x's type
-    from 512       slices of rows are dequantized into a workspace (32 MiB at most) that cuBLAS multiplies
+    from 512       slices of rows are dequantized into a workspace that cuBLAS multiplies
 
 float32 x is multiplied as float32 all the way, on CUDA cores. Columns in another order (act-order) are
 gathered from x first. A row's last bit may depend on how many rows are beside it, by the table above.
@@ -28,9 +28,10 @@ Columns are split at 512 a program or more, as a program should have several loa
 are added in their order by a second kernel, not by atomics, so that equal calls give equal bits.
 
 Between 65 and 511 tokens a tile is decoded once for 64 or 128 tokens. From 512 on decoding in every block of
-tokens costs more than writing and reading 2 bytes a weight once. The workspace stays in L2 (40 MiB on an
-A100, 50 on an H100); from HBM it would be 1.2 ps a weight, beside the 8.2 that 4096 tokens' products take at
-a PFLOP a second.
+tokens costs more than writing and reading 2 bytes a weight once. A slice has 32 MiB, which stay in L2 (40 MiB
+on an A100, 50 on an H100), or as many rows as give each SM a tile of 128 tokens and 256 rows: few tokens and
+wide rows would leave most of them without work. From HBM a workspace is 1.2 ps a weight, beside the 8.2 that
+4096 tokens' products take at a PFLOP a second.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 MANY_TOKENS = 512  # from here on by dequantized slices
-_WORKSPACE = 32 << 20  # bytes
+_WORKSPACE = 32 << 20  # bytes of a slice that stays in L2
+MOST_SLICE = 256 << 20  # bytes of one that occupies all SMs
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class GpuBlocks(GpuKernel):
     """See the module docstring. Tables are rounded to x's type, and weights that many tokens meet."""
 
     name = "gpu_blocks"
+    layout = 2
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
@@ -284,14 +287,22 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
 
 
 def _by_slices(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
-    """Dequantized rows in x's type, so many at once that they fit into the workspace, times x in torch."""
+    """Dequantized rows in x's type, a slice at a time, times x in torch."""
     rows, columns = packed.layout.shape
-    step = max(_WORKSPACE // (columns * x.dtype.itemsize) // 128 * 128, 128)
+    step = slice_rows(rows, columns * x.dtype.itemsize, x.shape[0], multiprocessors(x.device))
     workspace = torch.empty(min(step, rows), columns, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         weight = workspace[: min(step, rows - start)]
         _dequantize(packed, weight, start=start)
         _multiply(x, weight, out[:, start : start + len(weight)])
+
+
+def slice_rows(rows: int, row_bytes: int, tokens: int, processors: int) -> int:
+    """Rows dequantized at once, in multiples of 128; all slices alike."""
+    tiles = -(-processors // -(-tokens // 128))  # of 256 rows, that every SM has one
+    most = max(MOST_SLICE // row_bytes // 128 * 128, 128)
+    step = max(min(max(_WORKSPACE // row_bytes, tiles * 256), most), 128)
+    return -(-rows // -(-rows // step) // 128) * 128
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -44,6 +44,7 @@ _FLOATS = {
     "e4m3fnuz": torch.float8_e4m3fnuz,
     "e5m2fnuz": torch.float8_e5m2fnuz,
 }
+_SMALL_FLOATS = ("e2m1", "e2m3", "e3m2")  # of 4 and 6 bits, as arithmetic makes them
 # How scales are read: as the numbers they are, or as bytes to decode.
 _SCALE_KINDS = dict.fromkeys(("f32", "f16", "bf16", "int8"), "plain")
 _SCALE_KINDS |= {name: name for name in ("e8m0", "e4m3")}
@@ -75,7 +76,7 @@ class Level:
 class Layout:
     """What the kernels must know of a packed weight; ``constants`` is the same for them.
 
-    ``kind``: "whole" where a code of c is worth c - ``base``, "table", or the name of an 8-bit float.
+    ``kind``: "whole" where a code of c is worth c - ``base``, "table", or the name of a float.
     ``zero``: "none"; "exact" where code - zero is exact in bfloat16; or "float" where it may not be, and
     belongs into the offset of a float32 sum. ``unit``: what int8 inner scales count (a power of two, in the
     table).
@@ -250,7 +251,9 @@ def layout_of(scheme: Scheme, shape: tuple[int, ...]) -> Layout | str:
     if fmt.values is None or fmt.bits > 8:
         return f"{fmt.name} codes have no packed form"
     base, bits = _base(fmt), int(fmt.bits)
-    kind = "whole" if base is not None else fmt.name if fmt.name in _FLOATS else "table"
+    kind = "whole" if base is not None else "table"
+    if fmt.name in _FLOATS or (fmt.name in _SMALL_FLOATS and source.unit == 1):
+        kind = fmt.name
     if kind == "table" and bits == 8:
         return f"{fmt.name} codes have no packed form"
     if not 1 <= len(scheme.scales) <= 2:
