@@ -201,6 +201,21 @@ def test_slices_of_rows_join(device: torch.device, monkeypatch: pytest.MonkeyPat
     assert product(canonical("int4", 16, shape=(300, 32)), 512, device, torch.float32) < 1e-6
 
 
+@pytest.mark.parametrize(("codes", "group"), [("uint4", 128), ("uint2", 64), ("int8", 0)])
+@pytest.mark.parametrize("power", [-30, 50])
+def test_one_tokens_numbers_may_be_small_or_large(
+    codes: str, group: int, power: int, device: torch.device
+) -> None:
+    """Codes are read as subnormal numbers: x and scales take their units off, and lose nothing."""
+    weight = canonical(codes, group, zero=codes != "int8", shape=(37, 384))
+    packed = BLOCKS.pack(weight, device)
+    x = torch.randint(-100, 100, (1, weight.shape[1]), generator=torch.Generator().manual_seed(2)).bfloat16()
+    with runtime.recording() as launches:
+        found = BLOCKS.linear((x * 2.0**power).to(device), packed)
+    assert launches[0].function == "word_product"
+    assert torch.equal(found, BLOCKS.linear(x.to(device), packed) * 2.0**power) and found.any()
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "wanted"),
     [

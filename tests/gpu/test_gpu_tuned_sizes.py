@@ -61,7 +61,7 @@ def test_products_are_launched_as_measured(tokens: int, file: Path, device: torc
     weight = canonical("uint4", 128, zero=True, shape=(37, 384))
     with runtime.recording() as launches:
         assert product(weight, tokens, device) < 1e-6
-    [launch] = [one for one in launches if one.function in ("vector_product", "tile_product")]
+    [launch] = [one for one in launches if one.function in ("word_product", "tile_product")]
     constants = dict(launch.constants)
     assert (constants["BN"], launch.num_warps) == ((32, 2) if tokens == 1 else (64, 2))
     assert (constants["STAGES"] if tokens == 1 else launch.num_stages) == 3

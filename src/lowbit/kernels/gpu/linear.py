@@ -3,7 +3,8 @@
 gpu_blocks takes codes of 1 to 8 bits in the layout of ``weight_layout``, all formats but those that file
 refuses, and x of any float type, with float32 sums:
 
-    1 token        ``vector_product``: CUDA cores, float32 products, weights never rounded
+    1 token        ``word_product`` of whole numbers in one plane, ``vector_product`` of others: CUDA cores,
+                   float32 products, weights never rounded
     2 to 64        ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
                    holds; scales meet the float32 sums of their columns. Tables (nf4) are rounded
     65 to 511      ``tile_product``: tiles of weights are dequantized and rounded to x's type
@@ -15,13 +16,14 @@ gathered from x first. A row's last bit may depend on how many rows are beside i
 Why these blocks, where none were measured for the GPU (``tuned_sizes``); none of it has been timed. One token
 of a 4-bit weight of 4096 x 4096 reads 8 MiB, 2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and
 latency times bandwidth asks for some 25 KiB under way on each of 132 SMs (15 on an A100's 108).
-``vector_product`` loads 8 KiB a program and step where it is 128 rows high, with 4 steps in flight and two
-programs on each SM. Lower programs are there for weights whose rows make too few, or as many that some SMs
-have one more than others; a thread uses its part of x for fewer rows then. It costs about 5 instructions a
-4-bit weight and one more a token, where those GPUs have 4 or 5 in the time that memory brings one: from the
-second token on tensor cores, on which tokens are free (a tile has 16, rows of none are not read) and decoding
-costs 3.5. That holds for 2 to 8 tokens as for 16: what they need is what one token needs, bytes under way and
-equal work for all SMs, and ``programs`` cuts both alike.
+A program of 128 rows loads 8 KiB a step, with 4 steps in flight and several programs on each SM. Lower ones
+are there for weights whose rows make too few, or as many that some SMs have one more than others; a thread
+uses its part of x for fewer rows then. Instructions a weight as assembled for Hopper, 128 rows: 4 bits in
+groups of 128 3.2, of 32 4.4, 8 bits with a scale a row 3.9 (``vector_product``: 7.3, 8.1 and 7.5), where an
+H200 has 3.3 to 3.7 in the time that memory brings 4 bits, an H100 4.7 to 5.3. A token more costs one more:
+from the second on tensor cores, on which tokens are free (a tile has 16, rows of none are not read). That
+holds for 2 to 8 tokens as for 16: what they need is what one token needs, bytes under way and equal work for
+all SMs, and ``programs`` cuts both alike.
 Their tiles are 128 or 64 rows high (less, and two warps would decode the same rows), as every block of rows
 reads all of x again from L2: with 16 tokens x is half of what a block of 128 reads, with 64 two thirds.
 Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums
@@ -87,6 +89,12 @@ _VECTOR = {  # by the columns of a tile
     64: Blocks(1, 1, (128, 64, 32), True, 4, 4, 2),
     32: Blocks(1, 1, (256, 128, 64), True, 4, 4, 2),
     16: Blocks(1, 1, (256, 128, 64), True, 4, 4, 2),
+}
+# Words: two warps, as a thread's part of x is for 8 rows then, of 128.
+_WORDS = {
+    64: Blocks(1, 1, (128, 64, 32), True, 2, 4, 4),
+    32: Blocks(1, 1, (256, 128, 64), True, 2, 4, 4),
+    16: Blocks(1, 1, (256, 128, 64), True, 2, 4, 4),
 }
 _BLOCKS = (
     Blocks(16, 16, (128, 64), True, 4, 4, 2),
@@ -220,7 +228,7 @@ def _of(one: Cut, blocks: Blocks) -> Sizes:
 
 def sizes_by_cost(layout: Layout, tokens: int, processors: int) -> list[Sizes]:
     """Of a product of so many tokens in bfloat16, the one that is reckoned the cheapest first."""
-    blocks = _VECTOR[layout.tile] if tokens == 1 else _blocks(_BLOCKS, tokens)
+    blocks = _vector_blocks(layout) if tokens == 1 else _blocks(_BLOCKS, tokens)
     count = Tokens.of(tokens, blocks.BM)
     found = cuts(_shape(layout), count, blocks.heights, blocks.programs, blocks.num_stages, processors)
     return [_of(one, blocks) for one in found]
@@ -230,27 +238,33 @@ def _blocks(table: tuple[Blocks, ...], tokens: int) -> Blocks:
     return next(blocks for blocks in table if tokens <= blocks.tokens)
 
 
+def _vector_blocks(layout: Layout) -> Blocks:
+    return (_WORDS if layout.in_words else _VECTOR)[layout.tile]
+
+
 def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
-    from lowbit.kernels.gpu.products import vector_product
+    from lowbit.kernels.gpu.products import vector_product, word_product
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    sizes, each = _sizes(packed, x, _VECTOR[layout.tile])
+    sizes, each = _sizes(packed, x, _vector_blocks(layout))
     parts = out if sizes.splits == 1 else torch.empty(sizes.splits, 1, rows, device=x.device)
-    runtime.launch(
-        vector_product,
-        (-(-rows // sizes.height), sizes.splits),
-        x,
-        parts,
-        *packed.pointers,
-        rows,
-        columns,
-        layout.runs,
-        each,
-        num_warps=sizes.warps,
-        **packed.constants,
-        BN=sizes.height,
-        STAGES=sizes.stages,
-    )
+    grid = (-(-rows // sizes.height), sizes.splits)
+    of_launch = {"num_warps": sizes.warps, "BN": sizes.height, "STAGES": sizes.stages}
+    shape = (rows, columns, layout.runs, each)
+    if layout.in_words:
+        *planes, _, zeros, scale0, scale1, offset0, offset1 = packed.pointers
+        words = next(plane for plane in planes if plane is not None).view(torch.int32)
+        constants = {name: value for name, value in packed.constants.items() if name != "KIND"}
+        levels = (zeros, scale0, scale1, offset0, offset1)
+        run = layout.tile * layout.fields
+        of_run = {"TOGETHER": layout.group % run == 0, "WHOLE": columns % run == 0}
+        runtime.launch(
+            word_product, grid, x, parts, words, *levels, *shape, **of_run, **constants, **of_launch
+        )
+    else:
+        runtime.launch(
+            vector_product, grid, x, parts, *packed.pointers, *shape, **packed.constants, **of_launch
+        )
     if sizes.splits > 1:
         add(parts, out)
 

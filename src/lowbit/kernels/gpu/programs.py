@@ -17,15 +17,15 @@ H100's 3.35 TB/s over 132 SMs, 19 of an A100's 2.0 over 108, 36 of an H200's 4.8
 one number, 32 KiB, stands for all. Nothing of this has been timed.
 
 What comes of it for 4-bit weights of an 8B model and one token: programs, their height, and how much of all
-SMs' time they have work for, were computing all there is. Up to 8 tokens are cut alike or nearly so. Where
-two programs of 128 rows lie on an SM 48 KiB are under way.
+SMs' time they have work for, were computing all there is. Where two programs of 128 rows lie on an SM 48 KiB
+are under way; of one token's four may.
 
     rows x columns    108 SMs           132 SMs           148 SMs
-    4096 x 4096       320 * 64, 90 %    256 * 128, 97 %   256 * 128, 86 %
-    6144 x 4096       192 * 128, 89 %   384 * 64, 97 %    288 * 128, 86 %
-    14336 x 4096      672 * 64, 86 %    224 * 128, 85 %   560 * 128, 86 %
-    28672 x 4096      896 * 128, 92 %   224 * 128, 85 %   672 * 128, 88 %
-    4096 x 14336      320 * 64, 96 %    256 * 128, 97 %   288 * 128, 93 %
+    4096 x 4096       512 * 64, 95 %    256 * 128, 97 %   256 * 128, 86 %
+    6144 x 4096       192 * 128, 89 %   384 * 128, 97 %   288 * 128, 86 %
+    14336 x 4096      896 * 128, 92 %   896 * 64, 97 %    560 * 128, 86 %
+    28672 x 4096      896 * 128, 92 %   896 * 128, 97 %   672 * 128, 88 %
+    4096 x 14336      320 * 128, 92 %   256 * 128, 97 %   288 * 128, 93 %
 """
 
 from __future__ import annotations

@@ -104,6 +104,20 @@ class Layout:
         return -(-self.shape[1] // (self.tile * self.fields))
 
     @property
+    def in_words(self) -> bool:
+        """Whether codes are whole numbers of one plane whose rows are words of four bytes."""
+        return (
+            self.kind == "whole" and len(WIDTHS[self.bits]) == 1 and (self.bits < 8 or self.shape[1] % 4 == 0)
+        )
+
+    @property
+    def group(self) -> int:
+        """Columns that have one scale of each level, at least; 0: all of a row."""
+        if self.flat:
+            return self.tile
+        return math.gcd(*(level.columns for level in self.levels))
+
+    @property
     def constants(self) -> dict[str, int | bool | str]:
         """The constants of every kernel that decodes a weight."""
         inner = self.levels[0]
