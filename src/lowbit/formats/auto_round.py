@@ -62,6 +62,13 @@ class AutoRound(PartlyDense):
         self.header, self.notes = header, notes
         found = claimed_config(header)
         self.values, self.place = found.values, found.place
+        for key, value in self.values.items():  # of every packing: nothing of it has to be in the tensors
+            if ("rotation" in key or "spinquant" in key) and value:
+                raise LowbitError(
+                    "E0218",
+                    f"{self.place}.{key}: inputs that AutoRound rotates at run time are not built in; use a "
+                    "version that was quantized without",
+                )
         packing = self.values.get("packing_format", self.values.get("backend", "auto_round"))
         if not isinstance(packing, str):
             raise LowbitError(
@@ -89,9 +96,6 @@ class AutoRound(PartlyDense):
                 f"{self.place}.packing_format {printable(repr(packing))} is not read; export the model with "
                 "--format auto_gptq, auto_awq or llm_compressor",
             )
-        for key in self.values:
-            if "rotation" in key and self.values[key]:
-                raise LowbitError("E0218", f"{self.place}.{key}: rotated activations are not built in")
         check_bits(read_number(self.values, self.place, "bits"), _BITS, self.place)
         _group(self.values, self.place)
         extra = self.values.get("extra_config") or {}
