@@ -51,7 +51,7 @@ READS = {
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes "
     "them; dynamic rules",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
-    "Marlin (marlin_24), dynamic rules, quantized embeddings",
+    "Marlin (marlin_24), dynamic rules, quantized embeddings; rotated models (inputs of down_proj)",
     "higgs": "2, 3 and 4 bits, grids of single numbers and of pairs, in the order of every FLUTE template, "
     "files from before transformers 4.50 too; inputs rotated by block Hadamard matrices; on a GPU decoded to "
     "16 bits a weight when loaded",
