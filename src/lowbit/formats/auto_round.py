@@ -30,7 +30,7 @@ from lowbit.formats.gptq import (
     read_gptq,
     read_number,
 )
-from lowbit.formats.matching import compiled, matches, spellings
+from lowbit.formats.matching import Keys, compiled, spellings
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -101,7 +101,11 @@ class AutoRound(PartlyDense):
         extra = self.values.get("extra_config") or {}
         if not isinstance(extra, dict) or not all(isinstance(value, dict) for value in extra.values()):
             raise LowbitError("E0212", f"{self.place}.extra_config must be an object of objects")
-        self.extra: dict[str, dict[str, object]] = extra
+        modules = {name.rpartition(".")[0] for name in header.tensors}
+        # As the tool has it: what is the name of a module is no pattern, and goes before all that are.
+        named = {key for key in extra if modules.intersection(spellings(key))}
+        ordered = sorted(extra.items(), key=lambda item: item[0] not in named)
+        self.extra = Keys(ordered, _searched, lambda key: key if key in named else None)
         require_tensors(header, (".qweight",), self.place, self.name)
 
     @classmethod
@@ -152,7 +156,7 @@ class AutoRound(PartlyDense):
 
     def rule_of(self, module: StoredModule) -> GptqRule | AwqRule:
         """How one module is packed, by whose rules."""
-        values = {**self.values, **self._override(module)}
+        values = {**self.values, **(self.extra.first(module.stored) or {})}
         bits = check_bits(read_number(values, self.place, "bits"), _BITS, self.place)
         group = _group(values, self.place)
         if self.packing in _AWQ:
@@ -162,15 +166,6 @@ class AutoRound(PartlyDense):
             bits, group, "v1" if self.packing in _V1 else "v2", sym if isinstance(sym, bool) else None
         )
         return replace(rule, desc_act=values.get("desc_act") is True)
-
-    def _override(self, module: StoredModule) -> dict[str, object]:
-        for name in spellings(module.stored):
-            if name in self.extra:
-                return self.extra[name]
-        for pattern, values in self.extra.items():
-            if matches(pattern, module.stored, _searched):
-                return values
-        return {}
 
 
 def _searched(pattern: str, name: str) -> bool:

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lowbit.errors import LowbitError, printable
-from lowbit.formats.matching import listed, regex, regex_or_exact, strings
+from lowbit.formats.matching import Keys, regex, regex_or_exact, sole_name_or_exact, strings
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme
 
@@ -105,22 +106,25 @@ class Config:
 
     def group_of(self, names: tuple[str, ...]) -> Group | None:
         """The group that targets a module known under any of ``names``, whether or not it is ignored."""
-        owner = {target: group for group in self.groups for target in group.targets}
-        ordered = sorted(owner, key=lambda target: ("re:" in target, target))
         for name in names:
-            for target in ordered:
-                if regex_or_exact(target, name):
-                    return owner[target]
-        for target in ordered:
-            if any(listed(name, (target,), regex_or_exact) for name in names):
-                return owner[target]
-        return owner.get(_class_of(names))
+            if (group := self._targets.spelled(name)) is not None:
+                return group
+        found = self._targets.first(*names)
+        return self._targets.named(_class_of(names)) if found is None else found
 
     def ignored(self, names: tuple[str, ...]) -> bool:
         """Whether the ignore list names the module."""
-        if _class_of(names) in self.ignore:
-            return True
-        return any(listed(name, self.ignore, regex_or_exact) for name in names)
+        return bool(self._ignored.named(_class_of(names)) or self._ignored.first(*names))
+
+    @cached_property
+    def _targets(self) -> Keys[Group]:
+        owner = {target: group for group in self.groups for target in group.targets}
+        ordered = sorted(owner, key=lambda target: ("re:" in target, target))
+        return Keys([(target, owner[target]) for target in ordered], regex_or_exact, sole_name_or_exact)
+
+    @cached_property
+    def _ignored(self) -> Keys[bool]:
+        return Keys([(key, True) for key in self.ignore], regex_or_exact, sole_name_or_exact)
 
     def quantizing(self) -> tuple[Group, ...]:
         """The groups that quantize weights, each distinct one once."""

@@ -45,7 +45,7 @@ from lowbit.formats.dense import origin_of
 from lowbit.formats.gptq_rotation import asks_for_rotation, is_rotated, rotation_of
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
 from lowbit.formats.marlin_24 import marlin_24_scheme, marlin_24_tensors, read_marlin_24
-from lowbit.formats.matching import matches, regex
+from lowbit.formats.matching import Keys, regex, sole_name
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import QuantizationConfig, claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_words
@@ -94,7 +94,7 @@ class Gptq(PartlyDense):
         self.config = found
         self.marlin = _marlin_of(found)
         self.rule = _base_rule(found)
-        self.dynamic = dynamic_rules(found)
+        self.dynamic = Keys(dynamic_rules(found), regex, sole_name)
         self.rotates = asks_for_rotation(header, found)
         for key in ("adapter", "lora"):
             if found.values.get(key):
@@ -120,10 +120,8 @@ class Gptq(PartlyDense):
 
     def rule_of(self, module: StoredModule) -> GptqRule:
         """The config's rule with the module's own overrides; the first matching pattern wins."""
-        for pattern, values in self.dynamic:
-            if matches(pattern, module.stored, regex):
-                return _overridden(self.rule, values, self.config.place)
-        return self.rule
+        values = self.dynamic.first(module.stored)
+        return self.rule if values is None else _overridden(self.rule, values, self.config.place)
 
     def _sparse(self, module: StoredModule) -> tuple[int, int]:
         """(bits, columns of a group) of sparse Marlin."""

@@ -3,15 +3,17 @@
 The same module is ``model.layers.0.mlp.up_proj``, ``model.language_model.layers.0…`` or
 ``language_model.model.layers.0…`` depending on the version of the tool that wrote the list, and lists may
 hold the fused name of a part (``qkv_proj``, ``gate_up_proj``, ``experts``). Each rule of the field
-is one function ``rule(key, name) -> bool``; ``listed`` tries it under every spelling.
+is one function ``rule(key, name) -> bool``; ``listed`` tries it under every spelling. ``Keys`` are for lists
+that may be long: as long as a mixture of experts has modules.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 from lowbit.errors import LowbitError, printable
 
@@ -28,6 +30,7 @@ _FUSED = {
 }
 
 Rule = Callable[[str, str], bool]
+Value = TypeVar("Value")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -95,7 +98,7 @@ def wildcard(key: str, name: str) -> bool:
 _EXPLOSIVE = re.compile(r"\((?:[^()\\]|\\.)*[+*{|](?:[^()\\]|\\.)*\)[+*{]")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def compiled(pattern: str) -> re.Pattern[str]:
     """A pattern of a config; one that cannot be compiled, or could run for ever, is E0212."""
     if len(pattern) > 1024:
@@ -112,6 +115,75 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise LowbitError(
             "E0212", f"module pattern {printable(repr(pattern))} of the quantization config: {error}"
         ) from None
+
+
+# A pattern of letters that stand for themselves, ``^`` or nothing before and ``$`` behind.
+_WHOLE = re.compile(r"\^?((?:[^\\.^$*+?{}\[\]|()]|\\[^0-9A-Za-z])+)\$")
+
+
+def sole_name(pattern: str) -> str | None:
+    """The only name that a regular expression matches (``^model\\.norm$``), or None."""
+    found = _WHOLE.fullmatch(pattern)
+    return None if found is None else re.sub(r"\\(.)", r"\1", found[1])
+
+
+def sole_name_or_exact(key: str) -> str | None:
+    """The same of keys that ``regex_or_exact`` is for."""
+    return sole_name(key[3:]) if key.startswith("re:") else key
+
+
+def sole_wildcard(key: str) -> str | None:
+    """The same of keys that ``wildcard`` is for: without a dot one may be a part of any name."""
+    return key if "." in key and not set(key) & set("*?[") else None
+
+
+class Keys(Generic[Value]):
+    """What a config says of modules: keys in their order, and what each of them stands for.
+
+    ``rule``: when a key names a module. ``name_of``: the only name that it can mean, None of a pattern. Names
+    are found in a dictionary, as there may be one for every expert of a model; patterns are tried one by one,
+    once for each module.
+    """
+
+    def __init__(
+        self, items: Iterable[tuple[str, Value]], rule: Rule, name_of: Callable[[str], str | None]
+    ) -> None:
+        self._items, self._rule = list(items), rule
+        self._named: dict[str, list[int]] = {}
+        self._patterns: list[int] = []
+        for at, (key, _) in enumerate(self._items):
+            name = name_of(key)
+            if name is None:
+                self._patterns.append(at)
+            else:
+                self._named.setdefault(name, []).append(at)
+        self._first: dict[tuple[str, ...], Value | None] = {}
+
+    def first(self, *names: str) -> Value | None:
+        """What the first key stands for that names the module, under any spelling of any of its names."""
+        if names not in self._first:
+            self._first[names] = next((value for _, value in self.all(*names)), None)
+        return self._first[names]
+
+    def all(self, *names: str) -> Iterator[tuple[str, Value]]:
+        """Every such key, and what it stands for."""
+        spelled = (spelling for name in names for spelling in spellings(name))
+        return self._fitting(spelled, lambda key: any(matches(key, name, self._rule) for name in names))
+
+    def spelled(self, name: str) -> Value | None:
+        """What the first key stands for that has this very name, or fits it."""
+        return next((value for _, value in self._fitting((name,), lambda key: self._rule(key, name))), None)
+
+    def named(self, name: str) -> Value | None:
+        """What the first key stands for that is this very name; no pattern is tried."""
+        return next((self._items[at][1] for at in self._named.get(name, ())), None)
+
+    def _fitting(self, names: Iterable[str], fits: Callable[[str], bool]) -> Iterator[tuple[str, Value]]:
+        named = {at for name in names for at in self._named.get(name, ())}
+        for at in sorted((*named, *self._patterns)):
+            key, value = self._items[at]
+            if at in named or fits(key):
+                yield key, value
 
 
 def strings(values: object, key: str, place: str) -> tuple[str, ...]:
