@@ -47,7 +47,7 @@ READS = {
     "experts; GPTQModel's, whose inputs stay as they are",
     "fouroversix": "NVFP4, NVINT4, MXFP4 of every rule, tiled scales; inputs are left as they are",
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
-    "gguf": "every block type, mixed types, split files",
+    "gguf": "every block type, mixed types, split files, experts stacked or (before April 2024) one by one",
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes "
     "them; dynamic rules",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
