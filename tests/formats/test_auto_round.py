@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from formats.helpers import FIXTURES, fixture_cases, read, reader_of
+from formats.helpers import FIXTURES, check_values, fixture_cases, read, reader_of
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
@@ -160,3 +160,28 @@ def test_inputs_of_integers_stay_as_they_are(
     assert reader.scheme_of(StoredModule(DOWN, DOWN, SHAPES[DOWN])).activation is None
     said = "act_bits asks for inputs that are quantized too; they are left as they are"
     assert (said in caplog.text) == bool(change)
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("w2_asym_v1", ("gptq:exllamav2", "auto_gptq:triton", "auto_round:gptq:exllamav2", "gptq")),
+        ("w3_asym", ("autoround:exllamav2", "auto-round:triton", "AutoRound", "auto_round:tritonv2")),
+    ],
+)
+def test_what_packings_were_called_in_2024(folder: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    """Whether zero points are one less hangs on it; under "backend", of quant_method intel/auto-round."""
+    for number, name in enumerate(names):
+        told = {"backend": name, "packing_format": None, "quant_method": "intel/auto-round"}
+        check_values(changed(FIXTURES / "auto_round" / folder, tmp_path / str(number), told))
+
+
+@pytest.mark.parametrize(
+    "name", ["auto_round:mlx", "autoround:marlin", "gptqmodel", "auto_round:gptq:a:b", ""]
+)
+def test_packings_that_are_not_read(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        LowbitError, match="packing_format .* is not read; use another quantization"
+    ) as caught:
+        reader_of(changed(FIXTURES / "auto_round" / "w4_sym", tmp_path / "model", {"packing_format": name}))
+    assert caught.value.code == "E0218"

@@ -3,7 +3,8 @@
 ``packing_format`` says whose tensors they are: GPTQ's with v1 zeros (``auto_round:auto_gptq``), GPTQ's with
 plain zeros (``auto_round``, ``auto_round:gptqmodel`` …), AWQ's (``auto_round:auto_awq``), those of
 compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8) or FP8's (``auto_round:fp8``: blocks,
-``auto_round:fp8_static``: a scale a row, one for inputs). ``extra_config`` gives modules other bits or leaves
+``auto_round:fp8_static``: a scale a row, one for inputs); before April 2025 the key was ``backend``.
+``extra_config`` gives modules other bits or leaves
 them alone (bits >= 16): an exact name first, then regular expressions. MX and NVFP4 layers and their inputs:
 ``auto_round_floats``. Inputs of integer weights stay as they are. Rotated exports, MLX layouts, and NVFP4
 with e5m3 scales are refused.
@@ -12,6 +13,7 @@ with e5m3 scales are refused.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
@@ -42,14 +44,9 @@ from lowbit.numerics.scheme import Scheme
 _log = logging.getLogger("lowbit")
 
 _METHODS = ("auto-round", "auto_round", "intel/auto-round", "inc")
-_V1 = ("auto_round:auto_gptq", "auto_gptq", "auto_round:gptq")
-_V2 = (
-    "auto_round",
-    "auto_round:gptqmodel",
-    "auto_round:exllamav2",
-    "auto_round:triton",
-    "auto_round:gptqmodel:triton",
-)
+# The kernel that a tool thought of may follow; the keys of 2024 say ``autoround:exllamav2``, ``gptq:triton``.
+_V1 = re.compile(r"(auto_round:)?(auto_)?gptq(:\w+)?")
+_V2 = re.compile(r"auto_round(:gptqmodel)?(:(exllamav2|triton|tritonv2))?")
 _AWQ = ("auto_round:auto_awq", "auto_awq", "awq", "auto_round:awq")
 _FP8 = ("auto_round:fp8", "auto_round:fp8_static")
 _FLOATS = "auto_round:llm_compressor"
@@ -75,12 +72,13 @@ class AutoRound(PartlyDense):
         rules = {name: {k: v for k, v in rule.items() if v is not None} for name, rule in extra.items()}
         self.extra = _by_module(header, rules)
         _refuse_rotated((self.values, *rules.values()), self.place)
-        packing = self.values.get("packing_format", self.values.get("backend", "auto_round"))
+        packing = self.values.get("packing_format")
+        packing = self.values.get("backend", "auto_round") if packing is None else packing
         if not isinstance(packing, str):
             raise LowbitError(
                 "E0212", f"{self.place}.packing_format must be a string, found {printable(repr(packing))}"
             )
-        self.packing = packing.lower()
+        self.packing = re.sub("autoround|auto-round", "auto_round", packing.lower())
         kernels: tuple[str, ...] = ("gptq", "gptq_marlin")
         if self.packing in _AWQ:
             kernels = ("awq", "awq_marlin")
@@ -100,11 +98,13 @@ class AutoRound(PartlyDense):
             self.floats = FloatLayers(header, notes)
             self.floats.reader(FloatRule.of(self.values, self.place), False)
             return
-        if self.packing not in (*_V1, *_V2, *_AWQ):
+        self.is_v1 = _V1.fullmatch(self.packing) is not None
+        if not (self.is_v1 or _V2.fullmatch(self.packing) or self.packing in _AWQ):
             raise LowbitError(
                 "E0218",
-                f"{self.place}.packing_format {printable(repr(packing))} is not read; export the model with "
-                "--format auto_gptq, auto_awq or llm_compressor",
+                f"{self.place}.packing_format {printable(repr(packing))} is not read; use another "
+                "quantization of the same model, or export it with --format auto_gptq, auto_awq or "
+                "llm_compressor",
             )
         check_bits(read_number(self.values, self.place, "bits"), _BITS, self.place)
         _group(self.values, self.place)
@@ -180,9 +180,7 @@ class AutoRound(PartlyDense):
         if self.packing in _AWQ:
             return AwqRule(bits, group, "gemm", symmetric=values.get("sym") is True)
         sym = values.get("sym")
-        rule = GptqRule(
-            bits, group, "v1" if self.packing in _V1 else "v2", sym if isinstance(sym, bool) else None
-        )
+        rule = GptqRule(bits, group, "v1" if self.is_v1 else "v2", sym if isinstance(sym, bool) else None)
         return replace(rule, desc_act=values.get("desc_act") is True)
 
 
