@@ -31,7 +31,8 @@ READS = {
     "loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config); FP8 "
     "in blocks and static, NVFP4, MXFP4, MXFP8, mixed too",
-    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too; inputs behind scaled activations",
+    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too, dynamic rules; inputs behind "
+    "scaled activations",
     "bitnet": "transformers' packed 2 bits (bitlinear, autobitlinear), unpacked, and online; int8 inputs a "
     "token",
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
