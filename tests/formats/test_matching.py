@@ -3,6 +3,7 @@ could run for ever."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -90,7 +91,8 @@ def test_the_name_itself_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(.*)*b", "((a|b)*c)+", "(a|aa)+$", ".*.*" * 5, "(", "x" * 2000]
+    "pattern",
+    ["(a+)+$", "(.*)*b", "((a|b)*c)+", "(a|aa)+$", "(a(b|c))*", ".*(a|b)" * 7, ".*a?" * 7, "(", "x" * 70_000],
 )
 def test_patterns_that_could_run_for_ever(pattern: str) -> None:
     start = time.monotonic()
@@ -106,10 +108,36 @@ def test_patterns_that_could_run_for_ever(pattern: str) -> None:
         r"(?:model\.)?layers\.(\d+)\..*_proj",
         r".*\.(q|k|v)_proj$",
         r"model\.layers\.[0-3]\..*",
+        ".*model.*layers.*mlp.*experts.*gate.*proj.*",
+        rf".*layers\.({'|'.join(map(str, range(2000)))})\..*",
     ],
 )
 def test_patterns_people_write(pattern: str) -> None:
     compiled(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*a.*b", "a.*b$", "^a.*ab$", ".*", "", "$", ".+a.+", "a.b.*c", ".*?b.*?c$", r".*\.b.*\d[ab].*$",
+        "a", "a$",
+        ".*ab.*", "a.*b.*c.*a.*b.*c.*a.*", r"b\.a.*", ".*a.*a.*a$", ".*.*a", "[^a].*b",
+    ],
+)  # fmt: skip
+def test_patterns_that_only_go_forward_match_what_they_say(pattern: str) -> None:
+    """However many ``.*`` they have: every string of a few letters, as Python's own engine has it."""
+    letters = ["", *"ab.1\n"]
+    texts = {"".join(parts) for parts in itertools.product(letters, repeat=5)} | {"abcabca", "abc" * 4}
+    for text in texts:
+        for how in ("match", "search"):  # nobody asks where a match ends
+            wanted = getattr(re.compile(pattern), how)(text) is not None
+            assert (getattr(compiled(pattern), how)(text) is not None) == wanted, (pattern, text, how)
+
+
+def test_a_long_pattern_on_a_long_name_ends_at_once() -> None:
+    start = time.monotonic()
+    assert compiled(".*a" * 200 + ".*b").match("a" * 5000) is None
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

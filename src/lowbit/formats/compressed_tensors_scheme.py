@@ -15,15 +15,18 @@ actorder kinds ``weight`` and ``static``, leave nothing in the file and are read
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from lowbit.errors import LowbitError, printable
-from lowbit.formats.matching import Keys, regex, regex_or_exact, sole_name_or_exact, strings
+from lowbit.formats.matching import Keys, costly, regex, regex_or_exact, sole_name_or_exact, strings
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme
+
+_log = logging.getLogger("lowbit")
 
 FORMATS = (
     "dense",
@@ -155,13 +158,26 @@ def parse_config(values: dict[str, object], place: str) -> Config:
         _group(str(name), value, f"{place}.config_groups.{printable(name, 40)}")
         for name, value in listed_groups.items()
     )
-    ignore = strings(inner.get("ignore"), "ignore", place)
+    ignore = _usable(strings(inner.get("ignore"), "ignore", place), place)
     for pattern in (*ignore, *(target for group in groups for target in group.targets)):
         if pattern.startswith("re:"):
             regex(pattern[3:], "")  # a pattern that does not compile is refused now
     found_format = _format(inner.get("format"), place) or "dense"
     version = _version(values.get("version") or inner.get("version"))
     return Config(place, groups, ignore, found_format, version, sparsity)
+
+
+def _usable(ignore: tuple[str, ...], place: str) -> tuple[str, ...]:
+    """Without what would take too long to try: what is left plain the tensors say too."""
+    left_out = [key for key in ignore if key.startswith("re:") and costly(key[3:])]
+    if left_out:
+        _log.warning(
+            "lowbit: %s.ignore: %s %s and is not tried; modules are read as they are stored",
+            place,
+            printable(repr(left_out[0]), 80),
+            costly(left_out[0][3:]),
+        )
+    return tuple(key for key in ignore if key not in left_out)
 
 
 def _version(value: object) -> tuple[int, int]:

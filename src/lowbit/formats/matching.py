@@ -92,29 +92,81 @@ def wildcard(key: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(part, key) for part in name.split("."))
 
 
-# A repeated group with a repetition inside, or alternatives: on a name that does not match, Python's engine
-# may
-# try exponentially many ways. No tool writes such a pattern for module names.
-_EXPLOSIVE = re.compile(r"\((?:[^()\\]|\\.)*[+*{|](?:[^()\\]|\\.)*\)[+*{]")
+_LONGEST = 1 << 16  # letters; alternatives of all experts of a layer are thousands
+_MOST_REPEATS = 6
+# One letter of a pattern that is no repetition: itself, escaped, of a class, any.
+_LETTER = re.compile(r"(?:[^\\^$*+?{}\[\]|()]|\\[^0-9A-Za-z]|\\[dDwWsS]|\[\^?[^\]\\\[^]+\])(?![*+?{])")
+_ANYTHING = re.compile(r"\.([*+])\??(?![*+?{])")
 
 
 @lru_cache(maxsize=1 << 16)
 def compiled(pattern: str) -> re.Pattern[str]:
     """A pattern of a config; one that cannot be compiled, or could run for ever, is E0212."""
-    if len(pattern) > 1024:
-        raise LowbitError("E0212", f"a module pattern of the quantization config has {len(pattern)} letters")
-    if _EXPLOSIVE.search(pattern) or pattern.count("*") + pattern.count("+") > 6:
+    if reason := costly(pattern):
         raise LowbitError(
             "E0212",
-            f"module pattern {printable(repr(pattern))} of the quantization config repeats a repetition; "
-            "such patterns may never end and are refused. Spell the modules' names out",
+            f"module pattern {printable(repr(pattern))} of the quantization config {reason}; such patterns "
+            "may never end and are refused. Spell the modules' names out",
         )
     try:
-        return re.compile(pattern)
+        return re.compile(_forward(pattern) or pattern)
     except re.error as error:
         raise LowbitError(
             "E0212", f"module pattern {printable(repr(pattern))} of the quantization config: {error}"
         ) from None
+
+
+def costly(pattern: str) -> str:
+    """Why a name that does not match could be tried in very many ways; "" where it could not."""
+    if len(pattern) > _LONGEST:
+        return f"has {len(pattern):,} letters"
+    if _forward(pattern) is not None:
+        return ""
+    if _repeats_choices(pattern):
+        return "repeats a repetition"
+    repeats = pattern.count("*") + pattern.count("+")
+    return f"has {repeats} repetitions" if repeats > _MOST_REPEATS else ""
+
+
+def _repeats_choices(pattern: str) -> bool:
+    """Whether a group is repeated that holds a repetition or alternatives: the tries are exponential."""
+    choices = [False]  # in each group that is open
+    at = 0
+    while at < len(pattern):
+        letter = pattern[at]
+        if letter == "(":
+            choices.append(False)
+        elif letter == ")" and len(choices) > 1:
+            inside = choices.pop()
+            repeated = pattern[at + 1 : at + 2] in ("*", "+", "{")
+            if inside and repeated:
+                return True
+            choices[-1] |= inside
+        elif letter in "*+{|":
+            choices[-1] = True
+        at += 2 if letter == "\\" else 1
+    return False
+
+
+def _forward(pattern: str) -> str | None:
+    """The same of a pattern of letters and ``.*`` alone, however many, so that nothing is tried twice: after
+    each ``.*`` the first place where what follows fits leaves most room for the rest. None of any other."""
+    start = "^" if pattern.startswith("^") else ""
+    end = "$" if pattern.endswith("$") and not pattern.endswith("\\$") else ""
+    pieces, at, stop = [""], len(start), len(pattern) - len(end)
+    while at < stop:
+        found = _ANYTHING.match(pattern, at, stop) or _LETTER.match(pattern, at, stop)
+        if found is None:
+            return None
+        if found.re is _LETTER:
+            pieces[-1] += found[0]
+        else:
+            pieces[-1] += "." if found[1] == "+" else ""
+            pieces.append("")
+        at = found.end()
+    first, *middle = pieces
+    last = f".*{middle.pop()}$" if end and middle else end
+    return start + first + "".join(f"(?>.*?{piece})" for piece in middle) + last
 
 
 # A pattern of letters that stand for themselves, ``^`` or nothing before and ``$`` behind.
