@@ -73,8 +73,8 @@ def schemes(folder: Path) -> dict[str, Scheme]:
 
 @pytest.mark.parametrize("folder", ["mxfp4", "nvfp4"])
 def test_rules_of_modules_say_what_becomes_of_inputs(folder: str, tmp_path: Path) -> None:
-    """The module's own name goes before patterns, of which the first counts."""
-    rules = {".*[kv]_proj": {"act_bits": 16}, ".*k_proj": {}, DOWN: {}, "mlp": {"act_bits": 16}}
+    """The module's own name goes before patterns, of which the first that says something counts."""
+    rules = {"k_proj": {}, "[kv]_proj": {"act_bits": 16}, "v_p": {"bits": 3}, "mlp": {"bits": 3}, DOWN: {}}
     found = schemes(changed(FIXTURES / "auto_round" / folder, tmp_path / "model", {"extra_config": rules}))
     plain = schemes(FIXTURES / "auto_round" / folder)
     assert found[Q] == plain[Q] and found[DOWN] == plain[DOWN] and plain[K].activation is not None

@@ -189,10 +189,12 @@ def _searched(pattern: str, name: str) -> bool:
 
 
 def _by_module(header: CheckpointHeader, rules: dict[str, dict[str, object]]) -> Keys[dict[str, object]]:
-    """As the tool has it: what is the name of a module is no pattern, and goes before all that are."""
+    """As the tool has it: what is the name of a module is no pattern, and goes before all that are; a pattern
+    of an empty rule is none."""
     modules = {name.rpartition(".")[0] for name in header.tensors}
     named = {key for key in rules if modules.intersection(spellings(key))}
     ordered = sorted(rules.items(), key=lambda item: item[0] not in named)
+    ordered = [(key, rule) for key, rule in ordered if rule or key in named]
     return Keys(ordered, _searched, lambda key: key if key in named else None)
 
 
