@@ -16,6 +16,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
+from lowbit.models.registry import family_of
 from lowbit.tokenization import load_tokenizer
 
 PARAMS = {
@@ -95,6 +96,31 @@ def test_converting_gives_the_plain_folder(folder: Path, plain: Path, tmp_path: 
     written_back = load_file(tmp_path / "out" / "model.safetensors")
     for name, wanted in load_file(plain / "model.safetensors").items():
         assert torch.equal(written_back[name], wanted), name
+
+
+@pytest.mark.parametrize("moe", [{}, {"moe": {"num_experts": 4, "num_experts_per_tok": 2}}])
+@pytest.mark.parametrize("said", [{}, {"sliding_window": None}, {"sliding_window": 16}])
+def test_a_window_is_what_params_json_says(said: dict, moe: dict, folder: Path) -> None:
+    """transformers takes 4,096 where config.json has no such key; Mistral's own layout has none there."""
+    (folder / "params.json").write_text(json.dumps(PARAMS | said | moe))
+    header = open_checkpoint(str(folder))
+    assert family_of(header).config_of(header).windows == ((16,) if said.get("sliding_window") else ())
+
+
+def test_converting_says_that_there_is_no_window(folder: Path, tmp_path: Path) -> None:
+    convert(open_checkpoint(str(folder)), "dense", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "sliding_window" in config and config["sliding_window"] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "theta"), [({}, 1e6), ({"sliding_window": 16}, 1e4), ({"rope_theta": 5.0}, 5.0)]
+)
+def test_the_rotary_base_where_params_json_has_none(said: dict, theta: float, folder: Path) -> None:
+    params = {key: value for key, value in PARAMS.items() if key != "rope_theta"}
+    (folder / "params.json").write_text(json.dumps(params | said))
+    header = open_checkpoint(str(folder))
+    assert family_of(header).config_of(header).rope_theta == theta
 
 
 def test_fp8_with_a_scale_for_each_tensor(folder: Path, plain: Path, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ READS = {
     "aqlm": "any codebooks; on a CPU vectors of more than one row are decoded to 16 bits a weight when "
     "loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config); FP8 "
-    "in blocks and static, NVFP4, MXFP4, MXFP8",
-    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too; inputs behind scaled activations",
+    "in blocks and static, NVFP4, MXFP4, MXFP8, mixed too",
+    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too, dynamic rules; inputs behind "
+    "scaled activations",
     "bitnet": "transformers' packed 2 bits (bitlinear, autobitlinear), unpacked, and online; int8 inputs a "
     "token",
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
@@ -47,11 +48,11 @@ READS = {
     "experts; GPTQModel's, whose inputs stay as they are",
     "fouroversix": "NVFP4, NVINT4, MXFP4 of every rule, tiled scales; inputs are left as they are",
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
-    "gguf": "every block type, mixed types, split files",
+    "gguf": "every block type, mixed types, split files, experts stacked or (before April 2024) one by one",
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes "
     "them; dynamic rules",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
-    "Marlin (marlin_24), dynamic rules, quantized embeddings",
+    "Marlin (marlin_24), dynamic rules, quantized embeddings; rotated models (inputs of down_proj)",
     "higgs": "2, 3 and 4 bits, grids of single numbers and of pairs, in the order of every FLUTE template, "
     "files from before transformers 4.50 too; inputs rotated by block Hadamard matrices; on a GPU decoded to "
     "16 bits a weight when loaded",

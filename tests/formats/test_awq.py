@@ -95,6 +95,28 @@ def test_other_bits_are_in_plain_order(bits: int, tmp_path: Path) -> None:
     assert np.array_equal(found.dequantize().numpy(), wanted)
 
 
+def test_rules_of_single_modules(tmp_path: Path) -> None:
+    """GPTQModel's: of those that match the first counts, and bits decide the order of a module's codes."""
+    rules = {
+        "-:.*o_proj": {},
+        "+:.*mlp": {"bits": 8, "group_size": 32},
+        ".*q_proj$": {"group_size": -1, "bits": 2},
+        ".*": {"bits": 3},
+    }
+    others = {"model.layers.0.self_attn.q_proj": (2, -1), NAME: (8, 32)}
+    wanted, tensors = {}, {}
+    for name, (bits, group) in others.items():
+        made, wanted[name] = make("gemm", group, bits)
+        tensors |= {key.replace(NAME, name): tensor for key, tensor in made.items()}
+    folder = write_folder(tmp_path, tensors, config(dynamic=rules))
+    for name, values in wanted.items():
+        found = read(folder, name, SHAPE, strict=True).weight
+        assert np.array_equal(found.dequantize().numpy(), values)
+        assert found.scheme == reader_of(folder).scheme_of(StoredModule(name, name, SHAPE))
+    plain = write_folder(tmp_path / "plain", make("gemm")[0], config(dynamic={".*down_proj": {"bits": 8}}))
+    assert np.array_equal(read(plain, NAME, SHAPE).weight.dequantize().numpy(), make("gemm")[1])
+
+
 def test_old_config_file(tmp_path: Path) -> None:
     tensors, wanted = make("gemm")
     write_folder(tmp_path, tensors, None)
@@ -142,6 +164,11 @@ def test_bias_and_float_modules(tmp_path: Path) -> None:
         ({"version": "exotic"}, "E0218", "exotic"),
         ({"version": "gemv"}, "E0213", "qweight"),
         ({"version": "gemv_fast"}, "E0213", "qweight"),
+        ({"dynamic": ["mlp"]}, "E0212", "dynamic must be an object of patterns"),
+        ({"dynamic": {".*": {"bits": 5}}}, "E0212", "dynamic.bits is 5"),
+        ({"dynamic": {".*": {"group_size": 0}}}, "E0212", "dynamic.group_size is 0"),
+        ({"dynamic": {".*": {"bits": 8}}}, "E0213", "qweight"),
+        ({"dynamic": {"(": {"bits": 8}}}, "E0212", "pattern"),
         ({"quant_method": "gptq"}, "E0213", "qweight"),  # AWQ's order in a file that says GPTQ
     ],
 )

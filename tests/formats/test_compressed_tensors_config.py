@@ -77,6 +77,21 @@ def test_ignored(ignore: tuple[str, ...], name: str, ignored: bool) -> None:
     assert parse_config(groups(ignore=ignore), "config.json").ignored((name,)) is ignored
 
 
+COSTLY = "re:.*model.*layers.*mlp.*(gate|up).*experts.*0.*proj.*x"
+
+
+def test_ignored_by_what_is_not_tried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A pattern that could take for ever is left out of the ignore list, as the tensors say what is plain."""
+    tensors, weight = packed()
+    folder = write_folder(tmp_path / "a", tensors, config(args(), ignore=[COSTLY, "lm_head"]))
+    assert torch.equal(read(folder, NAME, (16, 64), strict=True).weight.dequantize(), weight)
+    assert f"ignore: '{COSTLY}' has 8 repetitions and is not tried" in caplog.text
+    assert parse_config(groups(ignore=(COSTLY, "lm_head")), "config.json").ignored(("lm_head",))
+    targeted = config(args())
+    targeted["config_groups"]["group_0"]["targets"] = [COSTLY]
+    fails(write_folder(tmp_path / "b", tensors, targeted), "E0212", "has 8 repetitions")
+
+
 def test_stored_quantized_against_the_config(tmp_path: Path) -> None:
     """A quantized module that is ignored or targeted by nothing: with one group the data decide, once."""
     tensors, weight = packed()

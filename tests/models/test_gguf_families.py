@@ -47,10 +47,17 @@ def test_on_torch_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_metadata(
-    name: str, path: Path, *, flat: bool = False, halves: bool = False, **changes: int | None
+    name: str,
+    path: Path,
+    *,
+    flat: bool = False,
+    halves: bool = False,
+    apart: bool = False,
+    **changes: int | None,
 ) -> Path:
     """A copy of the fixture with other metadata under its architecture; None: without the key. ``flat``: what
-    has one row is a vector. ``halves``: GLM-4 as files of GLM-4.1V have it, its neighbours in halves."""
+    has one row is a vector. ``halves``: GLM-4 as files of GLM-4.1V have it, its neighbours in halves.
+    ``apart``: a tensor for each expert."""
     reader = gguf.GGUFReader(FOLDER / f"{name}.gguf")
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(path, arch)
@@ -66,7 +73,12 @@ def with_metadata(
         if halves and ("attn_q." in tensor.name or "attn_k." in tensor.name):
             order = [*range(0, 8, 2), *range(1, 8, 2), *range(8, 16)]  # half of 16 rotate
             data = data.reshape(-1, 16, data.shape[-1])[:, order].reshape(data.shape)
-        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+        if apart and "_exps." in tensor.name:
+            for number, matrix in enumerate(data):
+                single = tensor.name.replace("_exps.", f".{number}.")
+                writer.add_tensor(single, matrix, raw_dtype=tensor.tensor_type)
+        else:
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     if halves:
         writer.add_rope_dimension_sections([2, 1, 1, 0])
     writer.write_header_to_file()
@@ -100,6 +112,33 @@ def test_matrices_of_one_row_are_vectors_after_llama_quantize(name: str, tmp_pat
         for header in (kept, forgot)
     )
     assert torch.equal(logits, wanted)
+
+
+def test_experts_one_by_one(tmp_path: Path) -> None:
+    """As llama.cpp wrote Mixtral before April 2024: ``blk.0.ffn_gate.3``."""
+    stacked = open_checkpoint(str(FOLDER / "mixtral.gguf"))
+    single = open_checkpoint(str(with_metadata("mixtral", tmp_path / "apart.gguf", apart=True)))
+    assert "blk.1.ffn_down.3.weight" in single.tensors and "blk.1.ffn_down_exps.weight" not in single.tensors
+    [[wanted], [logits]] = (
+        prompt_logits(load_model(header, device="cpu", dtype="float32"), [[3, 1, 4, 1, 5]])
+        for header in (stacked, single)
+    )
+    assert torch.equal(logits, wanted)
+    for header, name in ((stacked, "stacked"), (single, "single")):
+        convert(header, "dense", tmp_path / name)
+    whole, found = (load_file(tmp_path / name / "model.safetensors") for name in ("stacked", "single"))
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("leaf", ["gate", "up", "down"])
+def test_an_expert_that_is_missing(leaf: str, tmp_path: Path) -> None:
+    path = with_metadata("mixtral", tmp_path / "apart.gguf", apart=True)
+    header = open_checkpoint(str(path))
+    lost = header.tensors.pop(f"blk.1.ffn_{leaf}.2.weight")
+    with pytest.raises(LowbitError, match=f"no file contains '{lost.name}'") as caught:
+        plan_model(header)
+    assert caught.value.code == "E0209"
 
 
 def test_glm4_that_sees_turns_halves(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.engine.load import load_engine
 from lowbit.errors import LowbitError
+from lowbit.formats.kv_scales import wants_fp8_cache
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.loading import load_model, plan_model
 from lowbit.models.model import Model
@@ -231,6 +232,31 @@ def test_auto_follows_the_checkpoint(plain: Path, tmp_path: Path, caplog: pytest
     assert loaded(folder, "auto").cache_specs()[0].dtype == KvDtype(STATIC_E4M3, STATIC_E4M3)
     assert loaded(folder, "bf16").cache_specs()[0].dtype == KvDtype.of("bf16")
     assert "kv-cache-dtype fp8_e4m3" in caplog.text
+
+
+SCHEME = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
+FOUR_BITS = SCHEME | {"num_bits": 4}
+TENSORS = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": []}
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "wanted"),
+    [
+        ("quantization_config", {**TENSORS, "kv_cache_scheme": SCHEME}, True),
+        ("compression_config", {"quantization_config": {**TENSORS, "kv_cache_scheme": SCHEME}}, True),
+        ("compression_config", {"quantization_config": {**TENSORS, "kv_cache_scheme": None}}, False),
+        ("compression_config", {"quantization_config": {**TENSORS, "kv_cache_scheme": FOUR_BITS}}, False),
+        ("quantization_config", {"quant_method": "fp8", "kv_cache_scheme": "static"}, True),
+        ("quantization_config", {"quant_method": "fp8", "kv_cache_scheme": "dynamic"}, False),
+        ("quantization_config", {"quant_method": "gptq", "kv_cache_scheme": "static"}, False),
+    ],
+)
+def test_where_a_checkpoint_asks_for_an_fp8_cache(
+    key: str, config: dict, wanted: bool, plain: Path, tmp_path: Path
+) -> None:
+    """A level deeper before November 2024; in AutoFP8's word."""
+    folder = with_tensors(plain, tmp_path, {}, **{key: config})
+    assert wants_fp8_cache(open_checkpoint(str(folder))) is wanted
 
 
 @pytest.fixture(scope="module")

@@ -90,10 +90,12 @@ def _name(stored: str) -> str:
 
 def config_of(params: dict[str, object]) -> dict[str, object]:
     """config.json's keys for a params.json; values are checked where config.json's are."""
+    windowed = params.get("sliding_window") is not None
     config: dict[str, object] = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        "rope_theta": 10000.0,
+        "sliding_window": None,  # said, as transformers takes 4,096 where config.json has no such key
+        "rope_theta": 10000.0 if windowed else 1e6,  # mistral-inference's, of 7B v0.1 and of what came later
         "max_position_embeddings": _DEFAULT_CONTEXT,
     }
     for key, value in params.items():

@@ -17,7 +17,8 @@
 
 weight[o, i] = (code - zero) * scale; for gemv_fast code * scale + stored, an offset. ``marlin`` files are
 read by ``marlin``. GPTQModel's 2, 3 and 8 bits are packed like gemm without the reordering, AutoRound's (2 to
-8 bits, a dense stream) with it, eight codes at a time.
+8 bits, a dense stream) with it, eight codes at a time. ``dynamic``: rules of single modules, as GPTQModel's
+loader has them.
 
 Where an activation stands between two Linears without a gate (StarCoder2, Falcon, GPT-NeoX),
 ``mlp.act.scales`` F16 [in] is what the second's input is divided by, packed or plain.
@@ -45,8 +46,16 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import origin_of
-from lowbit.formats.gptq import SCALE_DTYPES, check_bits, check_group_size, plain_beside_packed, read_number
+from lowbit.formats.gptq import (
+    SCALE_DTYPES,
+    check_bits,
+    check_group_size,
+    dynamic_rules,
+    plain_beside_packed,
+    read_number,
+)
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
+from lowbit.formats.matching import Keys, regex, sole_name
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_words
@@ -106,14 +115,10 @@ class Awq(PartlyDense):
                 f"{self.place}: AWQ version {printable(repr(written))} is not known; "
                 f"known: {', '.join(_LAYOUTS)}",
             )
-        allowed = (2, 3, 4, 8) if layout == "gemm" else (4,)
-        self.rule = AwqRule(
-            check_bits(read_number(values, self.place, "bits", "w_bit"), allowed, self.place),
-            check_group_size(read_number(values, self.place, "group_size", "q_group_size"), self.place),
-            layout,
-            symmetric=values.get("zero_point") is False or values.get("sym") is True,
-            reordered=read_number(values, self.place, "bits", "w_bit") == 4,
-        )
+        self.rule = _rule(values, layout, self.place)
+        place = f"{self.place}.dynamic"
+        rules = [(key, _rule({**values, **own}, layout, place)) for key, own in dynamic_rules(found)]
+        self.dynamic = Keys(rules, regex, sole_name)
         require_tensors(header, (".qweight", ".B"), self.place, self.name)
 
     @classmethod
@@ -135,7 +140,11 @@ class Awq(PartlyDense):
         """From shapes and config."""
         if self.rule.layout == "marlin":
             return marlin_scheme(self.header, module)
-        return awq_scheme(self.header, module, self.rule)
+        return awq_scheme(self.header, module, self.rule_of(module))
+
+    def rule_of(self, module: StoredModule) -> AwqRule:
+        """The config's rule, or that of the first of GPTQModel's patterns that matches."""
+        return self.dynamic.first(module.stored) or self.rule
 
     def _tensors(self, module: StoredModule) -> list[str]:
         """qweight, qzeros and scales."""
@@ -147,7 +156,7 @@ class Awq(PartlyDense):
         """Codes unpacked and put in order."""
         if self.rule.layout == "marlin":
             return read_marlin(self.header, module, data)
-        return read_awq(self.header, module, data, self.rule)
+        return read_awq(self.header, module, data, self.rule_of(module))
 
     def _is_dense(self, module: StoredModule) -> bool:
         return plain_beside_packed(self.header, module)
@@ -175,6 +184,19 @@ class Awq(PartlyDense):
     def _activation_scales(self, module: StoredModule) -> TensorEntry | None:
         parent, _, leaf = module.stored.rpartition(".")
         return self.header.tensors.get(f"{parent}.act.scales") if leaf in _AFTER_ACTIVATIONS else None
+
+
+def _rule(values: dict[str, object], layout: str, place: str) -> AwqRule:
+    bits = check_bits(
+        read_number(values, place, "bits", "w_bit"), (2, 3, 4, 8) if layout == "gemm" else (4,), place
+    )
+    return AwqRule(
+        bits,
+        check_group_size(read_number(values, place, "group_size", "q_group_size"), place),
+        layout,
+        symmetric=values.get("zero_point") is False or values.get("sym") is True,
+        reordered=bits == 4,
+    )
 
 
 def awq_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:

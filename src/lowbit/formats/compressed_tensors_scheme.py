@@ -15,14 +15,18 @@ actorder kinds ``weight`` and ``static``, leave nothing in the file and are read
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lowbit.errors import LowbitError, printable
-from lowbit.formats.matching import listed, regex, regex_or_exact, strings
+from lowbit.formats.matching import Keys, costly, regex, regex_or_exact, sole_name_or_exact, strings
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme
+
+_log = logging.getLogger("lowbit")
 
 FORMATS = (
     "dense",
@@ -105,22 +109,25 @@ class Config:
 
     def group_of(self, names: tuple[str, ...]) -> Group | None:
         """The group that targets a module known under any of ``names``, whether or not it is ignored."""
-        owner = {target: group for group in self.groups for target in group.targets}
-        ordered = sorted(owner, key=lambda target: ("re:" in target, target))
         for name in names:
-            for target in ordered:
-                if regex_or_exact(target, name):
-                    return owner[target]
-        for target in ordered:
-            if any(listed(name, (target,), regex_or_exact) for name in names):
-                return owner[target]
-        return owner.get(_class_of(names))
+            if (group := self._targets.spelled(name)) is not None:
+                return group
+        found = self._targets.first(*names)
+        return self._targets.named(_class_of(names)) if found is None else found
 
     def ignored(self, names: tuple[str, ...]) -> bool:
         """Whether the ignore list names the module."""
-        if _class_of(names) in self.ignore:
-            return True
-        return any(listed(name, self.ignore, regex_or_exact) for name in names)
+        return bool(self._ignored.named(_class_of(names)) or self._ignored.first(*names))
+
+    @cached_property
+    def _targets(self) -> Keys[Group]:
+        owner = {target: group for group in self.groups for target in group.targets}
+        ordered = sorted(owner, key=lambda target: ("re:" in target, target))
+        return Keys([(target, owner[target]) for target in ordered], regex_or_exact, sole_name_or_exact)
+
+    @cached_property
+    def _ignored(self) -> Keys[bool]:
+        return Keys([(key, True) for key in self.ignore], regex_or_exact, sole_name_or_exact)
 
     def quantizing(self) -> tuple[Group, ...]:
         """The groups that quantize weights, each distinct one once."""
@@ -151,13 +158,26 @@ def parse_config(values: dict[str, object], place: str) -> Config:
         _group(str(name), value, f"{place}.config_groups.{printable(name, 40)}")
         for name, value in listed_groups.items()
     )
-    ignore = strings(inner.get("ignore"), "ignore", place)
+    ignore = _usable(strings(inner.get("ignore"), "ignore", place), place)
     for pattern in (*ignore, *(target for group in groups for target in group.targets)):
         if pattern.startswith("re:"):
             regex(pattern[3:], "")  # a pattern that does not compile is refused now
     found_format = _format(inner.get("format"), place) or "dense"
     version = _version(values.get("version") or inner.get("version"))
     return Config(place, groups, ignore, found_format, version, sparsity)
+
+
+def _usable(ignore: tuple[str, ...], place: str) -> tuple[str, ...]:
+    """Without what would take too long to try: what is left plain the tensors say too."""
+    left_out = [key for key in ignore if key.startswith("re:") and costly(key[3:])]
+    if left_out:
+        _log.warning(
+            "lowbit: %s.ignore: %s %s and is not tried; modules are read as they are stored",
+            place,
+            printable(repr(left_out[0]), 80),
+            costly(left_out[0][3:]),
+        )
+    return tuple(key for key in ignore if key not in left_out)
 
 
 def _version(value: object) -> tuple[int, int]:

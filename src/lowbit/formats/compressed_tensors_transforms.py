@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import StoredModule
-from lowbit.formats.matching import listed, regex, regex_or_exact, strings
+from lowbit.formats.matching import Keys, regex, regex_or_exact, sole_name_or_exact, strings
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import RotationScheme
@@ -70,16 +71,23 @@ class Step:
 
     def target_of(self, names: tuple[str, ...], kind: str) -> str | None:
         """The target that names a module of class ``kind`` known under ``names``; None where none does."""
-        if kind in self.ignore or any(listed(name, self.ignore, regex_or_exact) for name in names):
+        if kind in self.ignore or self._ignored.first(*names) is not None:
             return None
-        for target in self.targets:
-            if any(listed(name, (target,), regex_or_exact) for name in names):
-                return target
+        if (found := self._named.first(*names)) is not None:
+            return found
         is_attention = kind == "Attention"
         for target in self.targets:
             if target == kind or (is_attention and target.endswith(kind) and "." not in target):
                 return target
         return None
+
+    @cached_property
+    def _ignored(self) -> Keys[str]:
+        return Keys([(key, key) for key in self.ignore], regex_or_exact, sole_name_or_exact)
+
+    @cached_property
+    def _named(self) -> Keys[str]:
+        return Keys([(target, target) for target in self.targets], regex_or_exact, sole_name_or_exact)
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """GGUF: a type for each tensor; block types keep their mapped bytes as codes.
 
-Experts are stacked along the first axis (``blk.0.ffn_gate_exps.weight``, (experts, out, in)). NVFP4 weights
-may have a sibling ``<module>.scale`` of one float, or of one for each expert, that multiplies them; beside
-another type it stays unread, and loading refuses what is left. That Q and K of some architectures are stored
-as adjacent rotary pairs is the family's knowledge, and ``loading`` puts their rows right.
+Experts are stacked along the first axis (``blk.0.ffn_gate_exps.weight``, (experts, out, in)); files of
+Mixtral from before April 2024 have them one by one (``blk.0.ffn_gate.3.weight``). NVFP4 weights may have a
+sibling ``<module>.scale`` of one float, or of one for each expert, that multiplies them; beside another type
+it stays unread, and loading refuses what is left. That Q and K of some architectures are stored as adjacent
+rotary pairs is the family's knowledge, and ``loading`` puts their rows right.
 """
 
 from __future__ import annotations

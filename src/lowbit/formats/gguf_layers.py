@@ -24,7 +24,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
 from lowbit.formats.dense import origin_of
 from lowbit.formats.gptq import dynamic_rules
-from lowbit.formats.matching import matches, regex
+from lowbit.formats.matching import Keys, regex, sole_name
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
@@ -59,11 +59,12 @@ class GgufLayers(PartlyDense):
         found = claimed_config(header)
         self.place = found.place
         self.kind = _type_of(found.values, self.place)
-        self.rules = [
+        rules = [
             (pattern, _type_of({**found.values, "format": None, **values}, f"{self.place}.dynamic"))
             for pattern, values in dynamic_rules(found)
             if "bits" in values or "format" in values
         ]
+        self.rules = Keys(rules, regex, sole_name)
         require_tensors(header, (".qweight",), self.place, "gguf")
 
     @classmethod
@@ -76,7 +77,7 @@ class GgufLayers(PartlyDense):
         return f"GGUF blocks in safetensors, {_shown(self.kind)} in {self.place.split(':')[0]}"
 
     def _kind(self, module: StoredModule) -> str:
-        return next((kind for rule, kind in self.rules if matches(rule, module.stored, regex)), self.kind)
+        return self.rules.first(module.stored) or self.kind
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """The block type; of rows that are no whole blocks, what it is made of."""

@@ -15,7 +15,8 @@ GPTQModel adds 1 to the whole word, so a borrow reaches the neighbours; other wr
 Act-order (``g_idx`` not i // group_size) becomes a column order. Marlin files hold the same codes in
 tensor-core tiles (``marlin``; ``marlin_24`` where two of four columns are kept). An embedding that GPTQModel
 quantized lies the other way: the vocabulary is what a Linear's inputs are, a group of ``group_size`` words
-has a scale for each column. Stacked experts, adapters and other pack dtypes than int32 are refused.
+has a scale for each column. ``rotation``: inputs of down_proj are rotated at run time (``gptq_rotation``).
+Stacked experts, adapters and other pack dtypes than int32 are refused.
 """
 
 from __future__ import annotations
@@ -31,17 +32,26 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats import (
+    InputRule,
+    Notes,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
 from lowbit.formats.dense import origin_of
+from lowbit.formats.gptq_rotation import asks_for_rotation, is_rotated, rotation_of
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
 from lowbit.formats.marlin_24 import marlin_24_scheme, marlin_24_tensors, read_marlin_24
-from lowbit.formats.matching import matches, regex
+from lowbit.formats.matching import Keys, regex, sole_name
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import QuantizationConfig, claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import RotationScheme, Scheme
 
 _log = logging.getLogger("lowbit")
 
@@ -84,7 +94,8 @@ class Gptq(PartlyDense):
         self.config = found
         self.marlin = _marlin_of(found)
         self.rule = _base_rule(found)
-        self.dynamic = dynamic_rules(found)
+        self.dynamic = Keys(dynamic_rules(found), regex, sole_name)
+        self.rotates = asks_for_rotation(header, found)
         for key in ("adapter", "lora"):
             if found.values.get(key):
                 raise LowbitError(
@@ -109,10 +120,8 @@ class Gptq(PartlyDense):
 
     def rule_of(self, module: StoredModule) -> GptqRule:
         """The config's rule with the module's own overrides; the first matching pattern wins."""
-        for pattern, values in self.dynamic:
-            if matches(pattern, module.stored, regex):
-                return _overridden(self.rule, values, self.config.place)
-        return self.rule
+        values = self.dynamic.first(module.stored)
+        return self.rule if values is None else _overridden(self.rule, values, self.config.place)
 
     def _sparse(self, module: StoredModule) -> tuple[int, int]:
         """(bits, columns of a group) of sparse Marlin."""
@@ -121,6 +130,9 @@ class Gptq(PartlyDense):
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """From shapes and config; whether zeros and order are trivial only the data say."""
+        return self._rotated(self._packed(module), module)
+
+    def _packed(self, module: StoredModule) -> Scheme:
         if self.marlin == "marlin_24":
             return marlin_24_scheme(self.header, module, *self._sparse(module))
         if self.marlin:
@@ -137,6 +149,10 @@ class Gptq(PartlyDense):
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, zeros decoded, columns in group order."""
+        weight = self._unpacked(module, data)
+        return replace(weight, scheme=self._rotated(weight.scheme, module))
+
+    def _unpacked(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         if self.marlin == "marlin_24":
             return read_marlin_24(self.header, module, data, *self._sparse(module))
         if self.marlin:
@@ -152,6 +168,15 @@ class Gptq(PartlyDense):
                 origin=found.origin,
             )
         return read_gptq(self.header, module, data, self.rule_of(module), self.notes)
+
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """What it is rotated by."""
+        rotated = self.rotates and is_rotated(module, self.config.place)
+        return InputRule(rotation=rotation_of(module.shape[1])) if rotated else None
+
+    def _rotated(self, scheme: Scheme, module: StoredModule) -> Scheme:
+        rotated = self.rotates and is_rotated(module, self.config.place)
+        return replace(scheme, rotation=RotationScheme("hadamard", module.shape[1])) if rotated else scheme
 
     def _is_dense(self, module: StoredModule) -> bool:
         return plain_beside_packed(self.header, module)

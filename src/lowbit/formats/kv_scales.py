@@ -115,17 +115,21 @@ class KvScales:
 
 
 def wants_fp8_cache(header: CheckpointHeader) -> bool:
-    """Whether the checkpoint was calibrated for an e4m3 KV cache (``kv_cache_scheme``, ModelOpt's keys)."""
+    """Whether the checkpoint was calibrated for an e4m3 KV cache (``kv_cache_scheme``, ModelOpt's keys).
+
+    In files of llm-compressor from before November 2024 the key is a level deeper; AutoFP8 says "static".
+    """
     found = quantization_config(header)
     if found is None:
         return False
-    values = found.values
+    nested = found.values.get("quantization_config")
+    values = nested if isinstance(nested, dict) else found.values
     inner = values.get("quantization")
     algorithm = (inner if isinstance(inner, dict) else values).get("kv_cache_quant_algo")
     scheme = values.get("kv_cache_scheme")
     if isinstance(scheme, dict):
         return scheme.get("type", "float") == "float" and scheme.get("num_bits") == 8
-    return "FP8" in (algorithm, scheme)
+    return "FP8" in (algorithm, scheme) or (found.method == "fp8" and scheme == "static")
 
 
 def read_scales_file(path: Path, header: CheckpointHeader, layers: int) -> KvScales:

@@ -47,7 +47,7 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import is_dense, of_expert, origin_of
-from lowbit.formats.matching import listed, spellings, strings, wildcard
+from lowbit.formats.matching import Keys, sole_wildcard, spellings, strings, wildcard
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_bits
@@ -166,7 +166,8 @@ class ModelOpt(PartlyDense):
                 self.place,
             )
         keys = ("exclude_modules", "ignore")
-        self.excluded = tuple(name for key in keys for name in strings(values.get(key), key, self.place))
+        excluded = [(name, True) for key in keys for name in strings(values.get(key), key, self.place)]
+        self.excluded = Keys(excluded, wildcard, sole_wildcard)
         if any("AFFINE" in str(name).upper() for name in cache):
             raise LowbitError(
                 "E0218",
@@ -390,7 +391,7 @@ class ModelOpt(PartlyDense):
     def _inputs(self, module: StoredModule, stored: _Stored, has_scale: bool) -> str:
         """What the config asks of the module's input; where it contradicts the tensors, what they ask."""
         where = f"{stored.weight.file.name}: {module.stored!r} is stored as {stored.kind}"
-        if listed(module.stored, self.excluded, wildcard):
+        if self.excluded.first(module.stored):
             self.notes.contradiction(
                 "E0214", f"{where} but {self.place} lists it as not quantized; reading it as it is stored"
             )

@@ -29,7 +29,7 @@ from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_sc
 from lowbit.formats.dense import origin_of
 from lowbit.formats.gptq import dynamic_rules
 from lowbit.formats.marlin import code_order, codes_in_rows, scales_in_rows
-from lowbit.formats.matching import matches, regex
+from lowbit.formats.matching import Keys, regex, sole_name
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
@@ -53,10 +53,11 @@ class Qqq(PartlyDense):
         found = claimed_config(header)
         self.place = found.place
         self.group = _group_of(found.values, self.place)
-        self.rules = [
+        rules = [
             (pattern, _group_of({**found.values, **values}, f"{self.place}.dynamic"))
             for pattern, values in dynamic_rules(found)
         ]
+        self.rules = Keys(rules, regex, sole_name)
         require_tensors(header, (".B",), self.place, self.name)
 
     def describe(self) -> str:
@@ -83,7 +84,8 @@ class Qqq(PartlyDense):
         refuse_stack(module, "QQQ's packing")
         what = f"QQQ's {out} x {columns} weight"
         packed = entry_of(header, module, "B", ("I32",), what)
-        group = next((own for rule, own in self.rules if matches(rule, module.stored, regex)), self.group)
+        own = self.rules.first(module.stored)
+        group = self.group if own is None else own
         grouped = group == _GROUP and columns != _GROUP
         if columns % (_GROUP if grouped else 16) or out % 64:
             raise LowbitError(

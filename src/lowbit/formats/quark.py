@@ -162,7 +162,7 @@ class Quark(PartlyDense):
         columns = module.shape[1]
         name = module.tensor("input_rotation")
         entry = self.header.tensors.get(name)
-        if entry is None and self.config.is_listed(module, self.config.rotated):
+        if entry is None and self.config.rotates_inputs(module):
             sizes = [size for size in self._shared if size.isdecimal() and not columns % (int(size) or 1)]
             if not sizes:
                 raise LowbitError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import StoredModule
-from lowbit.formats.matching import matches, regex, strings
+from lowbit.formats.matching import Keys, regex, sole_name, strings
 
 _REORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of a word that holds logical code 0, 1, …
 # dtype -> (the dtype it is stored in, bits, whether it has a sign)
@@ -79,7 +79,7 @@ class QuarkConfig:
         self.place = place
         self.suffixes: dict[str, str] = {}
         self.rotates = False  # whether any input is at run time
-        self.rotated: tuple[str, ...] = ()  # patterns of modules whose inputs are
+        self.rotated = _keys(())  # patterns of modules whose inputs are
         if method != "quark":
             values = self._undressed(values, method)
         self._refuse_unknown(values)
@@ -89,13 +89,15 @@ class QuarkConfig:
         self.every = self._rule(values.get("global_quant_config"), "global_quant_config")
         layers = self._object(values, "layer_quant_config")
         self.layers = {name: self._rule(layer, name) for name, layer in layers.items()}
+        self._of_layers = Keys(self.layers.items(), _pattern, _sole_name)
+        self._found: dict[str, dict[str, Rule]] = {}  # by module
         types = self._object(values, "layer_type_quant_config")
         self.linears = [
             self._rule(types[name], name)
             for name in ("Linear", "nn.Linear", "torch.nn.Linear")
             if name in types
         ]
-        self.excluded = strings(values.get("exclude"), "exclude", self.place)
+        self.excluded = _keys(strings(values.get("exclude"), "exclude", self.place))
         export = self._object(values, "export")
         packing = export.get("pack_method", "reorder")
         if packing not in ("reorder", "order"):
@@ -159,9 +161,8 @@ class QuarkConfig:
         self.rotates = any(told.get(key) for key in ("r4", "online_r1_rotation"))
         online = told.get("online_config")
         names = online.get("online_rotation_layers") if isinstance(online, dict) else None
-        self.rotated = strings(names, "online_rotation_layers", f"{self.place}.algo_config.online_config")
-        if told.get("r4"):
-            self.rotated += ("*.down_proj",)
+        rotated = strings(names, "online_rotation_layers", f"{self.place}.algo_config.online_config")
+        self.rotated = _keys((*rotated, "*.down_proj") if told.get("r4") else rotated)
 
     def _unsupported(self, key: str, why: str) -> LowbitError:
         return LowbitError(
@@ -292,19 +293,35 @@ class QuarkConfig:
 
     def rules_of(self, module: StoredModule) -> dict[str, Rule]:
         """All that it says of a module, by pattern, without repetitions; one rule at least."""
-        if self.is_listed(module, self.excluded):
+        name = module.stored
+        if name not in self._found:
+            self._found[name] = self._rules_of(name)
+        return self._found[name]
+
+    def _rules_of(self, name: str) -> dict[str, Rule]:
+        if self.excluded.first(name):
             return {"exclude": Rule()}
         found: dict[str, Rule] = {}
-        for pattern, rule in self.layers.items():
-            if self.is_listed(module, (pattern,)) and rule not in found.values():
+        for pattern, rule in self._of_layers.all(name):
+            if rule not in found.values():
                 found[pattern] = rule
         return found or {"global_quant_config": self.linears[0] if self.linears else self.every}
 
-    def is_listed(self, module: StoredModule, patterns: tuple[str, ...]) -> bool:
-        """Whether a pattern names it."""
-        return any(matches(pattern, module.stored, _pattern) for pattern in patterns)
+    def rotates_inputs(self, module: StoredModule) -> bool:
+        """Whether a pattern names it for that."""
+        return bool(self.rotated.first(module.stored))
+
+
+def _keys(patterns: tuple[str, ...]) -> Keys[bool]:
+    return Keys([(pattern, True) for pattern in patterns], _pattern, _sole_name)
 
 
 def _pattern(key: str, name: str) -> bool:
     """``re:`` and a regular expression, or a shell pattern of the whole name."""
     return regex(key[3:], name) if key.startswith("re:") else fnmatch.fnmatchcase(name, key)
+
+
+def _sole_name(key: str) -> str | None:
+    if key.startswith("re:"):
+        return sole_name(key[3:])
+    return None if set(key) & set("*?[") else key

@@ -237,8 +237,11 @@ class Names:
     def _expert_style(self, name: str) -> tuple[str, str]:
         """("each" | "stacked" | "fused", the stored name of the experts)."""
         if self.in_gguf:
-            fused = self._stacked_stem(name, "", "gate_up_proj")
-            return ("fused" if fused in self.modules else "stacked"), ""
+            base = name.removesuffix(".experts")
+            if self._single_stem(base, "gate_proj", 0) in self.modules:
+                return "each", base
+            fused = self._stacked_stem(name, base, "gate_up_proj")
+            return ("fused" if fused in self.modules else "stacked"), base
         bases = [self._stem(name, missing_ok=True)]
         bases += [base for base in self._candidates(name) if base not in bases]
         bases += [f"{base.removesuffix('experts')}switch_mlp" for base in bases]
@@ -256,6 +259,8 @@ class Names:
 
     def _single_stem(self, base: str, leaf: str, number: int) -> str:
         """The first spelling that is there, or the most usual."""
+        if self.in_gguf:  # ``blk.3.ffn_gate.7``, as llama.cpp wrote Mixtral before April 2024
+            return f"{self._gguf_stem(f'{base}.{leaf}')}.{number}"
         stems = [f"{base}.{spelling.format(n=number)}" for spelling in _SINGLE[leaf]]
         return next((stem for stem in stems if stem in self.modules), stems[0])
 

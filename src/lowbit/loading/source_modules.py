@@ -39,6 +39,7 @@ from lowbit.models.hf_names import (
     norms_by_heads,
     stacked_name,
 )
+from lowbit.models.qwen_next import QwenNextConfig
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
@@ -120,8 +121,9 @@ class SourceModule:
 @dataclass(frozen=True)
 class SourceVector:
     """A small tensor beside the modules, canonically ``name``. ``shift`` is added to it (GGUF has Gemma's
-    norms with 1 added). ``beside``: of a vision or audio tower, and of any shape and size. ``row``: which row
-    of the stored tensor it is; ``more``: stored tensors that follow as its further rows."""
+    norms with 1 added, mlx-lm's Qwen3-Next too). ``beside``: of a vision or audio tower, and of any shape and
+    size. ``row``: which row of the stored tensor it is; ``more``: stored tensors that follow as its further
+    rows. ``shape``: that it is written in, where it is stored in another."""
 
     name: str
     target: str
@@ -131,6 +133,7 @@ class SourceVector:
     beside: bool = False
     row: int | None = None
     more: tuple[str, ...] = ()
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,7 @@ class SourceModel:
         if vector.more:
             stored = torch.stack([stored, *(data.tensor(name) for name in vector.more)])
         stored = stored if vector.row is None else stored[vector.row]
+        stored = stored if vector.shape is None else stored.view(vector.shape)
         return stored.float() + vector.shift if vector.shift else stored
 
     def hf_config(self, data: TensorData) -> dict[str, object]:
@@ -317,8 +321,10 @@ class _Walk(Asker):
         self.in_gguf = opened.header.container == "gguf"
         self.parts: list[SourceModule | SourceVector] = []
         self.mixtral = opened.config.moe is not None and opened.family.name == "llama"
+        self.mlx = isinstance(opened.config, QwenNextConfig) and opened.config.mlx
         # Where norm weights are read with 1 added that transformers adds by itself.
-        self.norm_shift = -1.0 if self.in_gguf and opened.family.name in ("gemma2", "gemma3") else 0.0
+        gemma = self.in_gguf and opened.family.name in ("gemma2", "gemma3")
+        self.norm_shift = -1.0 if gemma or self.mlx else 0.0
         self._heads: list[Placed] = []  # of K's half of an up projection that is in two halves
         self._kv = KvScales(opened.header)
         self.has_kv_scales = False
@@ -366,10 +372,13 @@ class _Walk(Asker):
         """Ones of that shape."""
         stored = self.check_vector(name, *shape)
         if not name.startswith("rope_"):  # made from the config, and put back there
-            shift = self.norm_shift if name.endswith("norm.weight") else 0.0
+            added = name.endswith("norm.weight") and not name.endswith(".linear_attn.norm.weight")
+            shift = self.norm_shift if added else 0.0
             stem, _, suffix = name.rpartition(".")
             target = f"{hf_name(self.family, stem)}.{suffix}" if self.in_gguf else stored
             whole = SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes)
+            if self.mlx and len(shape) == 3:  # (channels, taps, 1) of a convolution
+                whole = replace(whole, shape=(shape[0], shape[2], shape[1]))
             by_heads = self.in_gguf and norms_by_heads(self.family.name) and len(shape) > 1
             self.parts += self._of_each_head(whole, shape[0]) if by_heads else [whole]
         return torch.ones(shape)

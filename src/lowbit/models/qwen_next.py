@@ -33,11 +33,13 @@ from lowbit.numerics.cache_format import KvDtype
 @dataclass(frozen=True)
 class QwenNextConfig(ModelConfig):
     """``recurrent``: the layers that are gated delta networks, with states of ``state``. ``gguf``: whether
-    vectors lie as in GGUF files."""
+    vectors lie as in GGUF files; ``mlx``: as mlx-lm writes them, taps before the one input channel and 1
+    added to all norms but those of these layers."""
 
     recurrent: frozenset[int] = frozenset()
     state: StateSpec = field(default_factory=lambda: StateSpec(1, 1, 1, 1, 1))
     gguf: bool = False
+    mlx: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def _parameters(
     """Of the heads and channels that are here; the tensors are small, and read whole."""
     state = config.state
     shape = (state.channels, state.taps) if config.gguf else (state.channels, 1, state.taps)
+    shape = (state.channels, state.taps, 1) if config.mlx else shape
     taps = loader.vector(f"{name}.conv1d.weight", *shape).view(state.channels, state.taps)
     decay = loader.vector(f"{name}.A_log", state.heads)
     bias = loader.vector(f"{name}.dt_bias", state.heads)

@@ -162,15 +162,18 @@ class Rotation:
     def is_whole(self) -> bool:
         """Whether its tensors have the shapes that belong together, and partners are columns of one block."""
         tensors = self.tensors
-        matrix, partners = tensors.pop("matrix", None), tensors.get("partners")
-        steps, width = (1, self.size) if partners is None else partners.shape
+        matrix, head = tensors.pop("matrix", None), tensors.pop("head", None)
+        partners = tensors.get("partners")
+        blocks = 1 if head is None else len(head)  # there are so many where there is a head
+        steps, width = (1, self.size * blocks) if partners is None else partners.shape
         if partners is not None:
-            blocks = torch.arange(width) // self.size
-            if width % self.size or not bool((partners.cpu() // self.size == blocks).all()):
+            own = torch.arange(width) // self.size
+            if width % self.size or not bool((partners.cpu() // self.size == own).all()):
                 return False
-        shapes = {"before": (width,), "after": (width,), "head": None}
+        shapes = {"before": (width,), "after": (width,)}
         return (
             (matrix is None or matrix.shape == (self.size, self.size))
+            and (head is None or head.shape == (blocks, blocks))
             and ("partners" in tensors) == ("cosines" in tensors) == ("sines" in tensors)
             and all(tensor.shape == shapes.get(name, (steps, width)) for name, tensor in tensors.items())
         )

@@ -40,18 +40,26 @@ def _qwen3_next(header: CheckpointHeader) -> ModelConfig:
             sparse_layers(keys, base.layers),
             keys.flag("norm_topk_prob", True),
         )
-    bias = keys.flag("attention_bias", False)
+    bias, mlx = keys.flag("attention_bias", False), _is_mlx(header, taps)
     return widened(
         QwenNextConfig,
         base,
         qk_norm="head",
-        norm_offset=1.0,
+        norm_offset=0.0 if mlx else 1.0,
+        mlx=mlx,
         qkv_bias=bias,
         output_bias=bias,
         moe=moe,
         state=_state(keys, key_heads, value_heads, k_dim, v_dim, taps),
         recurrent=_recurrent(keys, base.layers),
     )
+
+
+def _is_mlx(header: CheckpointHeader, taps: int) -> bool:
+    """Whether mlx-lm rewrote the model: config.json does not say it, the shape of a convolution does."""
+    convolutions = (name for name in header.tensors if name.endswith(".linear_attn.conv1d.weight"))
+    first = next(convolutions, None)
+    return first is not None and taps > 1 and header.tensors[first].shape[1:] == (taps, 1)
 
 
 def _from_gguf(base: ModelConfig, keys: ConfigKeys) -> ModelConfig:
