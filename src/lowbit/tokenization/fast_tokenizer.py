@@ -197,7 +197,11 @@ _BYTES: dict[str, int] = {}
 def _build(source: str, place: str) -> tokenizers.Tokenizer:
     """The library's object. It panics on some damaged files instead of raising, so everything is caught."""
     try:
-        return tokenizers.Tokenizer.from_str(source)
+        made = tokenizers.Tokenizer.from_str(source)
+        # Of the training that saved the file: prompts are neither cut nor filled up, as in transformers.
+        made.no_truncation()
+        made.no_padding()
+        return made
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
