@@ -11,9 +11,14 @@ from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials, check_so
 from lowbit.tokenization.pretokenizers import pre_tokenizer
 from lowbit.tokenization.tekken import tekken_source
 
+Json = dict[str, object]
 
-def folder_tokenizer(header: CheckpointHeader, stop_ids: frozenset[int]) -> FastTokenizer:
-    """The tokenizer of a folder; ``stop_ids``: what generation_config.json names."""
+
+def folder_tokenizer(
+    header: CheckpointHeader, stop_ids: frozenset[int], rows: int | None = None
+) -> FastTokenizer:
+    """The tokenizer of a folder; ``stop_ids``: what generation_config.json names; ``rows``: of the embedding
+    that it is for."""
     config = read_json(header, "tokenizer_config.json") or {}
     listed = read_json(header, "special_tokens_map.json") or {}
     specials = Specials(
@@ -21,20 +26,31 @@ def folder_tokenizer(header: CheckpointHeader, stop_ids: frozenset[int]) -> Fast
         eos=_token_text(config.get("eos_token", listed.get("eos_token"))),
         stop_ids=stop_ids,
     )
+    found = _found(header, config)
+    if found is None:
+        raise _no_tokenizer(header)
+    values, place = found
+    if place == "tekken.json":
+        specials = Specials(bos="<s>", eos="</s>", stop_ids=stop_ids, adds_bos=True)
+    return FastTokenizer(check_source(values, place, rows, (specials.bos, specials.eos)), specials)
+
+
+def _found(header: CheckpointHeader, config: Json) -> tuple[Json, str] | None:
+    """tokenizer.json's object, made of other files where there is none, and the file it is from."""
     whole = read_json(header, "tokenizer.json")
     if whole is not None:
-        return FastTokenizer(check_source(whole, "tokenizer.json"), specials, "tokenizer.json")
+        return whole, "tokenizer.json"
     vocabulary, merges = read_json(header, "vocab.json"), read_text(header, "merges.txt")
     if vocabulary is not None and merges is not None:
-        source = _byte_level(vocabulary, merges, config)
-        return FastTokenizer(check_source(source, "vocab.json"), specials, "vocab.json")
+        return _byte_level(vocabulary, merges, config), "vocab.json"
     tekken = read_json(header, "tekken.json")
-    if tekken is not None:
-        named = Specials(bos="<s>", eos="</s>", stop_ids=stop_ids, adds_bos=True)
-        return FastTokenizer(check_source(tekken_source(tekken), "tekken.json"), named, "tekken.json")
+    return None if tekken is None else (tekken_source(tekken), "tekken.json")
+
+
+def _no_tokenizer(header: CheckpointHeader) -> LowbitError:
     found = " (tokenizer.model alone is not read: convert it to tokenizer.json)"
     has_model = (header.root / "tokenizer.model").exists()
-    raise LowbitError(
+    return LowbitError(
         "E0250",
         f"no tokenizer in {header.root.name} (looked for tokenizer.json, vocab.json+merges.txt, tekken.json)"
         f"{found if has_model else ''}; pass --tokenizer <dir or repo> of the base model",
@@ -48,7 +64,7 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _byte_level(vocabulary: dict[str, object], merges: str, config: dict[str, object]) -> dict[str, object]:
+def _byte_level(vocabulary: Json, merges: str, config: Json) -> Json:
     """GPT-2's files of two, as tokenizer.json has them."""
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder")

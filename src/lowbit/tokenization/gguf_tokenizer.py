@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
-from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
+from lowbit.tokenization.fast_tokenizer import FastTokenizer, Source, Specials
 from lowbit.tokenization.pretokenizers import ADDS_BOS, IGNORES_MERGES, pre_tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
@@ -158,7 +158,7 @@ class GgufSource:
 def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
     """The tokenizer a GGUF file carries."""
     found = gguf_source(header)
-    return FastTokenizer(found.text, found.specials, found.vocabulary.file)
+    return FastTokenizer(Source(found.text, found.vocabulary.file), found.specials)
 
 
 def gguf_source(header: CheckpointHeader) -> GgufSource:
