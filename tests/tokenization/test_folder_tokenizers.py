@@ -103,3 +103,54 @@ def test_a_gguf_file_has_as_many_tokens_as_rows(tmp_path: Path) -> None:
     metadata = tokenizer_metadata(open_checkpoint(str(folder_with(tmp_path, source))), VOCABULARY)
     tokens = metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list) and len(tokens) == VOCABULARY and "<image_soft_token>" not in tokens
+
+
+def around(*tokens: str) -> dict:
+    """A post-processor that puts "<s>" and "</s>" where ``tokens``, which "A" is among, say."""
+    parts = [
+        {"Sequence": {"id": "A", "type_id": 0}} if t == "A" else {"SpecialToken": {"id": t, "type_id": 0}}
+        for t in tokens
+    ]
+    named = {t: {"id": t, "ids": [30 + (t == "</s>")], "tokens": [t]} for t in tokens if t != "A"}
+    pair = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {"type": "TemplateProcessing", "single": parts, "pair": pair, "special_tokens": named}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "processor", "wanted"),
+    [
+        ("LlamaTokenizerFast", {"add_bos_token": True, "add_eos_token": False}, BYTES, "<s> A"),  # DeepSeek's
+        ("LlamaTokenizer", {"add_bos_token": True, "add_eos_token": True}, around("<s>", "A"), "<s> A </s>"),
+        ("GemmaTokenizer", {"add_bos_token": False}, around("<s>", "A"), "A"),
+        ("CohereTokenizerFast", {"add_eos_token": True}, around("A"), "<s> A </s>"),
+        ("CodeLlamaTokenizer", {}, None, "<s> A"),
+        ("LlamaTokenizerFast", {"add_bos_token": None}, BYTES, "<s> A"),
+        ("LlamaTokenizer", {}, around("A"), "A"),  # as transformers 5 saves one that adds nothing
+        ("LlamaTokenizer", {}, around("A", "</s>"), "A </s>"),
+        ("Qwen2Tokenizer", {"add_bos_token": True}, BYTES, "A"),
+        ("PreTrainedTokenizerFast", {"add_bos_token": False}, around("<s>", "A"), "<s> A"),
+        (None, {"add_bos_token": True}, None, "A"),
+    ],
+)
+def test_who_says_what_is_put_around_a_text(
+    name: str | None, told: dict, processor: dict | None, wanted: str, tmp_path: Path
+) -> None:
+    """transformers builds the post-processor of some classes anew, from tokenizer_config.json."""
+    source = letters(30) | {"post_processor": processor}
+    source["added_tokens"] = [added(30, "<s>"), added(31, "</s>")]
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>", **told}
+    ours = of(folder_with(tmp_path, source, config))
+    plain = ours.encode("ab", add_special=False)
+    ids = {"<s>": [30], "A": plain, "</s>": [31]}
+    assert ours.encode("ab") == [n for part in wanted.split() for n in ids[part]]
+    assert ours.adds_bos is wanted.startswith("<s>") and len(plain) == 2
+    assert ours.encode("<s>ab")[:2] == [30, plain[0]]
+
+
+def test_llamas_bos_where_no_file_names_it(tmp_path: Path) -> None:
+    source = letters(30) | {"post_processor": around("<s>", "A"), "added_tokens": [added(30, "<s>")]}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    assert of(folder_with(tmp_path, source, config)).encode("a")[0] == 30

@@ -13,6 +13,14 @@ from lowbit.tokenization.tekken import tekken_source
 
 Json = dict[str, object]
 
+# Classes of transformers that put BOS before a text and EOS behind it as tokenizer_config.json says, whatever
+# tokenizer.json's post-processor does (DeepSeek's puts none); and their BOS where no file names one.
+_TOLD_WHAT_TO_ADD = {
+    **dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer"), "<s>"),
+    "GemmaTokenizer": "<bos>",
+    "CohereTokenizer": "<BOS_TOKEN>",
+}
+
 
 def folder_tokenizer(
     header: CheckpointHeader, stop_ids: frozenset[int], rows: int | None = None
@@ -21,15 +29,20 @@ def folder_tokenizer(
     that it is for."""
     config = read_json(header, "tokenizer_config.json") or {}
     listed = read_json(header, "special_tokens_map.json") or {}
-    specials = Specials(
-        bos=_token_text(config.get("bos_token", listed.get("bos_token"))),
-        eos=_token_text(config.get("eos_token", listed.get("eos_token"))),
-        stop_ids=stop_ids,
-    )
     found = _found(header, config)
     if found is None:
         raise _no_tokenizer(header)
     values, place = found
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    adds_bos, adds_eos = _adds(config, values) if name in _TOLD_WHAT_TO_ADD else (None, None)
+    bos = config.get("bos_token", listed.get("bos_token", _TOLD_WHAT_TO_ADD.get(name)))
+    specials = Specials(
+        bos=_token_text(bos),
+        eos=_token_text(config.get("eos_token", listed.get("eos_token"))),
+        stop_ids=stop_ids,
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
+    )
     if place == "tekken.json":
         specials = Specials(bos="<s>", eos="</s>", stop_ids=stop_ids, adds_bos=True)
     return FastTokenizer(check_source(values, place, rows, (specials.bos, specials.eos)), specials)
@@ -45,6 +58,16 @@ def _found(header: CheckpointHeader, config: Json) -> tuple[Json, str] | None:
         return _byte_level(vocabulary, merges, config), "vocab.json"
     tekken = read_json(header, "tekken.json")
     return None if tekken is None else (tekken_source(tekken), "tekken.json")
+
+
+def _adds(config: Json, values: Json) -> tuple[bool | None, bool | None]:
+    """Whether BOS and EOS are put around a text; None: as tokenizer.json's post-processor does."""
+    bos, eos = (config.get(key) for key in ("add_bos_token", "add_eos_token"))
+    told = isinstance(bos, bool) or isinstance(eos, bool)
+    # transformers 5 no longer writes these keys, only the post-processor that follows from them.
+    if not told and "TemplateProcessing" in str(values.get("post_processor")):
+        return None, None
+    return bos if isinstance(bos, bool) else True, eos if isinstance(eos, bool) else False
 
 
 def _no_tokenizer(header: CheckpointHeader) -> LowbitError:
