@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import CodeGenTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
 
 from checkpoint.tiny import VOCABULARY, write_folder
 from lowbit.checkpoint import open_checkpoint
@@ -15,6 +16,7 @@ from lowbit.errors import LowbitError
 from lowbit.tokenization import check_vocabulary, load_tokenizer
 from lowbit.tokenization.fast_tokenizer import MAX_LEFT_OUT, FastTokenizer
 from lowbit.tokenization.gguf_export import tokenizer_metadata
+from tokenization.texts import varied_texts
 
 LETTERS = "ab<>_imagesoftkn"
 
@@ -154,3 +156,94 @@ def test_llamas_bos_where_no_file_names_it(tmp_path: Path) -> None:
     source = letters(30) | {"post_processor": around("<s>", "A"), "added_tokens": [added(30, "<s>")]}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
     assert of(folder_with(tmp_path, source, config)).encode("a")[0] == 30
+
+
+# ---- vocab.json with merges.txt -------------------------------------------------------------------------
+
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def slow_save(folder: Path, name: str | None, **config: object) -> Path:
+    """The files that slow tokenizers left before there was added_tokens_decoder, of a small vocabulary."""
+    write_folder(folder)
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\n+|[^\n]+"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [made.pre_tokenizer, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([*varied_texts(200), "a\n\nb\n\nc\n\n", "12 34 12 34"] * 2, trainer)
+    made.model.save(str(folder))
+    count = made.get_vocab_size()
+    files = {
+        "tokenizer_config.json": {"tokenizer_class": name, **config},
+        "added_tokens.json": {text: count + n for n, text in enumerate(CHATML)},
+        "special_tokens_map.json": {
+            "additional_special_tokens": CHATML[1:],
+            "eos_token": {"content": "<|im_end|>", "lstrip": False},
+            "pad_token": "<|endoftext|>",
+        },
+    }
+    for file, values in files.items():
+        (folder / file).write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("kind", [Qwen2Tokenizer, GPT2Tokenizer, CodeGenTokenizer, GPTNeoXTokenizer])
+def test_vocab_and_merges_as_their_class_reads_them(kind: type, tmp_path: Path) -> None:
+    folder = slow_save(tmp_path, kind.__name__)
+    oracle, ours = kind.from_pretrained(folder), of(folder)
+    for text in ("a\n\nb\n\nc", "e\u0301 DON'T 1234", "<|im_start|>user\nHi<|im_end|>\n", *varied_texts(400)):
+        assert ours.encode(text) == oracle.encode(text, add_special_tokens=False), repr(text)
+    assert ours.eos_id == oracle.convert_tokens_to_ids("<|im_end|>")
+    assert set(ours.special_texts) == set(CHATML)
+
+
+def test_the_class_by_the_model_where_none_is_named(tmp_path: Path) -> None:
+    text = "a\n\nb"
+    plain = of(slow_save(tmp_path, None)).encode(text)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    assert len(of(tmp_path).encode(text)) == 3 < len(plain)
+
+
+def test_classes_that_cut_in_ways_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match="not of 'Arcade100kTokenizer'; pass --tokenizer") as caught:
+        of(slow_save(tmp_path, "Arcade100kTokenizer"))
+    assert caught.value.code == "E0250"
+
+
+def test_added_tokens_decoder_counts(tmp_path: Path) -> None:
+    """Beside added_tokens.json; a token that has a name is special, whatever it says."""
+    listed = {
+        "9000": {"content": "<tool>", "rstrip": True},
+        "502": {"content": "<|im_end|>", "special": False},
+    }
+    ours = of(slow_save(tmp_path, "GPT2Tokenizer", added_tokens_decoder=listed, add_bos_token=True))
+    assert ours.encode("<tool>  \n<|im_end|>") == [9000, 502]
+    assert set(ours.special_texts) == set(CHATML)
+    named = {"bos_token": "<tool>", "tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed, **named}))
+    assert of(tmp_path).encode("a")[0] == 9000
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "told"),
+    [
+        ("added_tokens.json", {"<x>": 7}, "added token '<x>' has id 7, as another token"),
+        ("added_tokens.json", {"<x>": "7"}, "an added token has id 7"),
+        ("added_tokens.json", {"<x>": -1}, "an added token has id -1"),
+        ("added_tokens.json", {"<x>": 700, "<y>": 700}, "two added tokens have id 700"),
+        ("added_tokens.json", {"<x>": 1 << 40}, f"an added token has id {1 << 40}"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "token x is"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": "a"}}, "token 9 is 'a', expected an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": 1}}}, "with content"),
+    ],
+)
+def test_added_tokens_that_cannot_be(file: str, values: dict, told: str, tmp_path: Path) -> None:
+    folder = slow_save(tmp_path, "GPT2Tokenizer")
+    (folder / file).write_text(json.dumps(values))
+    with pytest.raises(LowbitError, match=told) as caught:
+        of(folder)
+    assert caught.value.code == "E0254" and "\n" not in str(caught.value)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from lowbit.checkpoint.documents import read_json, read_text
 from lowbit.checkpoint.header import CheckpointHeader
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials, check_source
 from lowbit.tokenization.pretokenizers import pre_tokenizer
+from lowbit.tokenization.special_tokens import added_tokens, named_tokens
 from lowbit.tokenization.tekken import tekken_source
 
 Json = dict[str, object]
@@ -21,6 +20,18 @@ _TOLD_WHAT_TO_ADD = {
     "CohereTokenizer": "<BOS_TOKEN>",
 }
 
+# Of vocab.json and merges.txt: class -> how text is cut (a name of GGUF's), and normalized before that.
+_NFC: Json = {"type": "NFC"}
+_PATTERNS: dict[str, tuple[str, Json | None]] = {
+    "GPT2Tokenizer": ("gpt-2", None),
+    "CodeGenTokenizer": ("gpt-2", None),
+    "GPTNeoXTokenizer": ("gpt-2", _NFC),
+    "Qwen2Tokenizer": ("qwen2", _NFC),
+    "Qwen3_5Tokenizer": ("qwen35", _NFC),
+}
+# Where no class is named: by config.json's model_type.
+_BY_MODEL = dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
+
 
 def folder_tokenizer(
     header: CheckpointHeader, stop_ids: frozenset[int], rows: int | None = None
@@ -28,17 +39,18 @@ def folder_tokenizer(
     """The tokenizer of a folder; ``stop_ids``: what generation_config.json names; ``rows``: of the embedding
     that it is for."""
     config = read_json(header, "tokenizer_config.json") or {}
-    listed = read_json(header, "special_tokens_map.json") or {}
+    named = named_tokens(header)
     found = _found(header, config)
     if found is None:
         raise _no_tokenizer(header)
     values, place = found
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     adds_bos, adds_eos = _adds(config, values) if name in _TOLD_WHAT_TO_ADD else (None, None)
-    bos = config.get("bos_token", listed.get("bos_token", _TOLD_WHAT_TO_ADD.get(name)))
+    if place == "vocab.json":  # there is no post-processor
+        adds_bos, adds_eos = (config.get(f"add_{end}_token") is True for end in ("bos", "eos"))
     specials = Specials(
-        bos=_token_text(bos),
-        eos=_token_text(config.get("eos_token", listed.get("eos_token"))),
+        bos=named.get("bos_token", _TOLD_WHAT_TO_ADD.get(name)),
+        eos=named.get("eos_token"),
         stop_ids=stop_ids,
         adds_bos=adds_bos,
         adds_eos=adds_eos,
@@ -55,7 +67,7 @@ def _found(header: CheckpointHeader, config: Json) -> tuple[Json, str] | None:
         return whole, "tokenizer.json"
     vocabulary, merges = read_json(header, "vocab.json"), read_text(header, "merges.txt")
     if vocabulary is not None and merges is not None:
-        return _byte_level(vocabulary, merges, config), "vocab.json"
+        return _byte_level(header, vocabulary, merges, config), "vocab.json"
     tekken = read_json(header, "tekken.json")
     return None if tekken is None else (tekken_source(tekken), "tekken.json")
 
@@ -80,37 +92,29 @@ def _no_tokenizer(header: CheckpointHeader) -> LowbitError:
     )
 
 
-def _token_text(value: object) -> str | None:
-    """A token written as a string or as {"content": …}."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _byte_level(vocabulary: Json, merges: str, config: Json) -> Json:
-    """GPT-2's files of two, as tokenizer.json has them."""
-    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
-    added = config.get("added_tokens_decoder")
-    tokens = []
-    for number, token in (added if isinstance(added, dict) else {}).items():
-        if isinstance(token, dict) and str(number).isdigit():
-            tokens.append({"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                           "special": False, **token, "id": int(number)})  # fmt: skip
-    return json.loads(
-        json.dumps(
-            {
-                "version": "1.0",
-                "added_tokens": tokens,
-                "normalizer": None,
-                "pre_tokenizer": pre_tokenizer("gpt-2", "vocab.json"),
-                "post_processor": None,
-                "decoder": {
-                    "type": "ByteLevel",
-                    "add_prefix_space": True,
-                    "trim_offsets": True,
-                    "use_regex": True,
-                },
-                "model": {"type": "BPE", "vocab": vocabulary, "merges": lines},
-            }
+def _byte_level(header: CheckpointHeader, vocabulary: Json, merges: str, config: Json) -> Json:
+    """GPT-2's files of two, as tokenizer.json has them; how text is cut is known by the class alone."""
+    told = config.get("tokenizer_class", header.config.get("tokenizer_class"))
+    if told is None:
+        told = _BY_MODEL.get(str(header.config.get("model_type")), "GPT2Tokenizer")
+    pattern, normalizer = _PATTERNS.get(str(told).removesuffix("Fast"), (None, None))
+    if pattern is None:
+        raise LowbitError(
+            "E0250",
+            f"{header.root.name}: vocab.json and merges.txt alone are read of tokenizer_class "
+            f"{', '.join(_PATTERNS)}, not of {printable(repr(told))}; pass --tokenizer <dir or repo> of the "
+            "base model",
         )
-    )
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    added = added_tokens(header, vocabulary)
+    numbers = {str(token["content"]): token["id"] for token in added}  # where the library looks for them
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer(pattern, "vocab.json"),
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": vocabulary | numbers, "merges": lines},
+    }
