@@ -13,7 +13,7 @@ from transformers import CodeGenTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, Qwen
 from checkpoint.tiny import VOCABULARY, write_folder
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
-from lowbit.tokenization import check_vocabulary, load_tokenizer
+from lowbit.tokenization import check_vocabulary, load_chat_template, load_tokenizer
 from lowbit.tokenization.fast_tokenizer import MAX_LEFT_OUT, FastTokenizer
 from lowbit.tokenization.gguf_export import tokenizer_metadata
 from tokenization.texts import varied_texts
@@ -247,3 +247,29 @@ def test_added_tokens_that_cannot_be(file: str, values: dict, told: str, tmp_pat
     with pytest.raises(LowbitError, match=told) as caught:
         of(folder)
     assert caught.value.code == "E0254" and "\n" not in str(caught.value)
+
+
+# ---- What templates print -------------------------------------------------------------------------------
+
+
+def test_names_of_special_tokens_map_in_templates(tmp_path: Path) -> None:
+    """Folders of older slow saves have them in no other file."""
+    source = letters(30) | {"added_tokens": [added(n, text) for n, text in enumerate(CHATML, 30)]}
+    folder = folder_with(tmp_path, source, {"eos_token": None, "image_token": {"content": CHATML[2]}})
+    named = {"bos_token": {"content": CHATML[0]}, "eos_token": CHATML[1], "image_token": "a"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    (folder / "chat_template.jinja").write_text("{{ bos_token + image_token + eos_token }}")
+    header = open_checkpoint(str(folder))
+    template = load_chat_template(header, load_tokenizer(header))
+    assert template is not None and template.render([]) == [30, 32, 31]
+
+
+def test_names_that_only_the_tokenizer_knows(tmp_path: Path) -> None:
+    """Those of tekken.json, and Llama's BOS where no file names one."""
+    source = letters(30) | {"added_tokens": [added(30, "<s>")]}
+    folder = folder_with(tmp_path, source, {"tokenizer_class": "LlamaTokenizer"})
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}a{{ eos_token }}")
+    header = open_checkpoint(str(folder))
+    tokenizer = load_tokenizer(header)
+    template = load_chat_template(header, tokenizer)
+    assert template is not None and template.render([]) == [30, *tokenizer.encode("a", add_special=False)]

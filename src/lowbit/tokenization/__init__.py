@@ -49,7 +49,9 @@ def load_chat_template(
     found = find_template(header, override_file)
     if found is None:
         return None
-    return JinjaTemplate(found.source, found.place, tokenizer, found.variables, found.with_tools)
+    known = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}  # tekken.json names none
+    variables = {name: tokenizer.token_text(token) for name, token in known.items() if token is not None}
+    return JinjaTemplate(found.source, found.place, tokenizer, variables | found.variables, found.with_tools)
 
 
 def embedding_rows(header: CheckpointHeader) -> int | None:
