@@ -223,6 +223,8 @@ def test_added_tokens_decoder_counts(tmp_path: Path) -> None:
     ours = of(slow_save(tmp_path, "GPT2Tokenizer", added_tokens_decoder=listed, add_bos_token=True))
     assert ours.encode("<tool>  \n<|im_end|>") == [9000, 502]
     assert set(ours.special_texts) == set(CHATML)
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 7}')
+    assert of(tmp_path).encode("<x>") == [7], "in the place of another"
     named = {"bos_token": "<tool>", "tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed, **named}))
     assert of(tmp_path).encode("a")[0] == 9000
@@ -231,7 +233,6 @@ def test_added_tokens_decoder_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "values", "told"),
     [
-        ("added_tokens.json", {"<x>": 7}, "added token '<x>' has id 7, as another token"),
         ("added_tokens.json", {"<x>": "7"}, "an added token has id 7"),
         ("added_tokens.json", {"<x>": -1}, "an added token has id -1"),
         ("added_tokens.json", {"<x>": 700, "<y>": 700}, "two added tokens have id 700"),

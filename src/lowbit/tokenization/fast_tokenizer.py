@@ -223,6 +223,24 @@ def _build(source: Source) -> tokenizers.Tokenizer:
         raise LowbitError("E0254", f"{source.place}: no usable tokenizer: {printable(error)}") from None
 
 
+def added_numbers(added: list[object], place: str) -> dict[str, int]:
+    """Text -> id of tokenizer.json's added tokens, checked."""
+    if len(added) > MAX_ADDED:
+        raise LowbitError("E0254", f"{place}: {len(added)} added tokens, limit {MAX_ADDED}")
+    numbers: dict[str, int] = {}
+    seen: set[int] = set()
+    for token in added:
+        number = token.get("id") if isinstance(token, dict) else None
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_ID:
+            raise LowbitError("E0254", f"{place}: an added token has id {printable(number)}")
+        if number in seen:
+            raise LowbitError("E0254", f"{place}: two added tokens have id {number}")
+        seen.add(number)
+        assert isinstance(token, dict), "it has an id"
+        numbers[str(token.get("content"))] = number
+    return numbers
+
+
 def check_source(
     values: dict[str, object], place: str, rows: int | None = None, needed: Collection[str | None] = ()
 ) -> Source:
@@ -234,19 +252,7 @@ def check_source(
     model's.
     """
     added = values.get("added_tokens")
-    numbers: dict[str, int] = {}  # of added tokens
-    if isinstance(added, list):
-        if len(added) > MAX_ADDED:
-            raise LowbitError("E0254", f"{place}: {len(added)} added tokens, limit {MAX_ADDED}")
-        seen: set[object] = set()
-        for token in added:
-            number = token.get("id") if isinstance(token, dict) else None
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_ID:
-                raise LowbitError("E0254", f"{place}: an added token has id {printable(number)}")
-            if number in seen:
-                raise LowbitError("E0254", f"{place}: two added tokens have id {number}")
-            seen.add(number)
-            numbers[str(token.get("content"))] = number
+    numbers = added_numbers(added, place) if isinstance(added, list) else {}
     model = values.get("model")
     if not isinstance(model, dict):
         raise LowbitError("E0254", f"{place}: no tokenizer model in it")

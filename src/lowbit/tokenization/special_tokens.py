@@ -31,9 +31,10 @@ def named_tokens(header: CheckpointHeader) -> dict[str, str]:
 
 
 def added_tokens(header: CheckpointHeader, vocabulary: Json) -> list[Json]:
-    """As tokenizer.json lists them, by number, for a vocabulary (token -> number) that has none of its own.
+    """As tokenizer.json lists them, for a vocabulary (token -> number) that has none of its own.
 
-    A token that has a name is special, and one of ``vocabulary`` keeps the number it has there.
+    A token that has a name is special, and one of ``vocabulary`` keeps the number it has there. One with the
+    number of another takes its place: InternLM2's <|im_end|> is one of the vocabulary's unused tokens.
     """
     config = read_json(header, "tokenizer_config.json") or {}
     special = set(named_tokens(header).values())
@@ -54,16 +55,8 @@ def added_tokens(header: CheckpointHeader, vocabulary: Json) -> list[Json]:
             )
         flags = {flag: token[flag] for flag in _FLAGS if isinstance(token.get(flag), bool)}
         found[name] = _entry(name, int(key)) | flags
-    taken = {number for number in vocabulary.values() if isinstance(number, int)}
     for text, entry in found.items():
-        if text in vocabulary:
-            entry["id"] = vocabulary[text]
-        elif entry["id"] in taken:
-            raise LowbitError(
-                "E0254",
-                f"{header.root.name}: added token {printable(repr(text))} has id {entry['id']}, as another "
-                "token of the vocabulary; the files are of different models",
-            )
+        entry["id"] = vocabulary.get(text, entry["id"])
         if text in special:
             entry |= {"special": True, "normalized": False}
     return list(found.values())
