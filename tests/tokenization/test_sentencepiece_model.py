@@ -108,6 +108,16 @@ def test_symbols_of_the_user(tmp_path: Path) -> None:
     assert set(ours.special_texts) == {"<unk>", "<s>", "</s>", "[INST]"}
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_special_tokens_in_messages_are_text(kind: str, tmp_path: Path) -> None:
+    """In a unigram vocabulary they are words as well, of a score above all others."""
+    data = model(kind, **PLAIN, control_symbols="[INST]")
+    spm = sentencepiece.SentencePieceProcessor(model_proto=data)
+    ours = of(folder_with(tmp_path, data))
+    for text in ("x[INST]y</s>z", "<unk><s>", "plain"):
+        assert ours.encode(text, add_special=False, parse_special=False) == spm.encode(text)
+
+
 def test_tokens_that_other_files_add_or_put_in_the_place_of_unused_ones(tmp_path: Path) -> None:
     """InternLM2 ends its turns with what tokenizer.model calls [UNUSED_TOKEN_145]."""
     data = model("bpe", **PLAIN, user_defined_symbols="[UNUSED_TOKEN_145]")

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tokenizers
 
@@ -20,6 +20,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 MAX_ID = 1 << 24
 MAX_ADDED = 1_000_000
 MAX_LEFT_OUT = 64
+_NOWHERE = "\U0010ffff"  # a code that is no character
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,23 @@ class FastTokenizer:
     def _without_specials(self) -> tokenizers.Tokenizer:
         with self._lock:
             if self._plain is None:
-                self._plain = _build(self.source)
+                self._plain = _build(self._unnamed())
                 self._plain.encode_special_tokens = True
             return self._plain
+
+    def _unnamed(self) -> Source:
+        """The source, without the special tokens' texts in a unigram vocabulary: there they are words, too,
+        and the likeliest where a text has them."""
+        if not isinstance(self._tokenizer.model, tokenizers.models.Unigram):
+            return self.source
+        values = json.loads(self.source.text)
+        words = values["model"]["vocab"]
+        for number in self.special_ids:
+            if number < len(words):
+                words[number][0] = f"{_NOWHERE}{number}"
+        added = values.get("added_tokens") or []
+        values["added_tokens"] = [token for token in added if not token.get("special")]
+        return replace(self.source, text=json.dumps(values))
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
         """The text of ``ids``."""
