@@ -93,6 +93,19 @@ def test_a_context_beyond_the_models_own(embedded_path: Path) -> None:
         engine.close()
 
 
+def test_what_is_said_of_dynamic_scaling(tmp_path: Path) -> None:
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.engine.load import _beyond_context
+
+    config = json.loads((write_folder(tmp_path) / "config.json").read_text())
+    config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    header = open_checkpoint(str(tmp_path))
+    assert _beyond_context(Settings(model=str(tmp_path), context_length=128), header) == ""
+    said = _beyond_context(Settings(model=str(tmp_path), context_length=256), header)
+    assert said.endswith(": it computes all positions as dynamic NTK does those of the longest sequence")
+
+
 def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
     """The first longer sequence would ask for a row outside the table, and end the engine."""
     from lowbit.engine.load import load_engine

@@ -216,6 +216,8 @@ def _beyond_context(settings: Settings, header: CheckpointHeader) -> str:
         raise LowbitError("E0103", f"{beyond}, and it has no vectors for later positions; lower it")
     if settings.strict:
         raise LowbitError("E0103", f"{beyond}; lower it, or drop --strict")
+    if config.rope_scaling.kind == "dynamic":
+        return f"{beyond}: it computes all positions as dynamic NTK does those of the longest sequence"
     return f"{beyond}: behind that it talks nonsense unless trained for it"
 
 

@@ -10,7 +10,7 @@ import math
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling
-from lowbit.models.config_keys import ConfigKeys
+from lowbit.models.config_keys import MAX_SIZE, ConfigKeys
 
 
 def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
@@ -49,9 +49,10 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
     nested = is_nested(keys.section("rope_parameters"))
     trained = rope.size(original, context) if nested else keys.size(original, rope.size(original, context))
     match kind:
-        # Dynamic NTK leaves the frequencies alone up to the trained context, which is all lowbit serves.
-        case "default" | "dynamic":
+        case "default":
             return RopeScaling()
+        case "dynamic":
+            return RopeScaling("dynamic", rope.number("factor", 1.0), context)
         case "linear":
             return RopeScaling("linear", rope.number("factor"))
         case "llama3":
@@ -81,6 +82,50 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         f"{rope.place}: rope type {printable(repr(kind))} is not supported; "
         "supported: default, linear, dynamic, llama3, yarn, longrope",
     )
+
+
+def served_context(rope: ConfigKeys, keys: ConfigKeys, scaling: RopeScaling, architecture: str) -> int:
+    """The longest sequence that a config.json's scaling is made for, as vLLM reckons it.
+
+    Recipes that stretch a model leave its max_position_embeddings alone: Qwen's for YaRN, Vicuna's 16k.
+    """
+    context, original = keys.size("max_position_embeddings"), "original_max_position_embeddings"
+    longest = float(context)
+    if scaling.kind == "linear" and not _says_all(architecture):
+        longest = context * scaling.factor
+    elif scaling.kind == "yarn" and (rope.has(original) or keys.has(original)):
+        longest = scaling.original_context * scaling.factor
+    if longest > MAX_SIZE:
+        raise LowbitError(
+            "E0216",
+            f"{rope.place}: factor {scaling.factor:g} makes a context of {longest:g} tokens, at most "
+            f"{MAX_SIZE} are supported",
+        )
+    return max(context, int(longest))
+
+
+def stated_context(scaling: RopeScaling, context: int, architecture: str) -> int:
+    """The max_position_embeddings that ``served_context`` makes this context of."""
+    if scaling.kind != "linear" or _says_all(architecture):
+        return context
+    return max(1, round(context / scaling.factor))
+
+
+def _says_all(architecture: str) -> bool:
+    """Whether max_position_embeddings has the factor of a linear scaling in it (Gemma 3's)."""
+    return architecture.lower().startswith("gemma3")
+
+
+def longer(scaling: RopeScaling, rotary_dim: int, theta: float, context: int) -> float:
+    """The rotary base for sequences of more tokens than the model's own.
+
+    Dynamic NTK's grows with the length of each sequence. A token's K must not depend on how long its sequence
+    becomes later: all get the one of the longest.
+    """
+    if scaling.kind != "dynamic" or rotary_dim <= 2 or context <= scaling.original_context:
+        return theta
+    grown = scaling.factor * context / scaling.original_context - (scaling.factor - 1)
+    return float(theta * grown ** (rotary_dim / (rotary_dim - 2)))
 
 
 def local_rope(keys: ConfigKeys, context: int, theta: float) -> tuple[float, RopeScaling]:
