@@ -81,3 +81,14 @@ def test_dynamic_scaling_beyond_the_trained_context(tmp_path: Path) -> None:
     assert own.context_length == 16
     assert (prompt_logits(own, [tokens[:16].tolist()])[0] - short).abs().max() < 1e-4
     assert (short - wanted[:16]).abs().max() > 1e-2, "they differ"
+
+
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_longrope_by_its_names_of_2024(name: str) -> None:
+    """Quantized copies of Phi-3-128k of that spring still have them."""
+    half = 64 // 2 // 2
+    rope = {"long_factor": [4.0] * half, "short_factor": [1.5] * half}
+    keys = {"original_max_position_embeddings": 1024}
+    wanted = config_of({"rope_type": "longrope", **rope}, **keys)
+    assert wanted.rope_scaling.divisors == (4.0,) * half
+    assert config_of({"type": name, **rope}, **keys) == wanted

@@ -48,6 +48,8 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
     original = "original_max_position_embeddings"
     nested = is_nested(keys.section("rope_parameters"))
     trained = rope.size(original, context) if nested else keys.size(original, rope.size(original, context))
+    if kind == "su" or (kind == "yarn" and rope.has("short_factor")):
+        kind = "longrope"  # as Phi-3's files of spring 2024 call it
     match kind:
         case "default":
             return RopeScaling()
