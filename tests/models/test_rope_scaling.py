@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from checkpoint.tiny import CONFIG
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
+from lowbit.layers.rotary import rotary_frequencies
 from lowbit.loading import load_model
 from lowbit.models.config import ModelConfig, base_config
-from lowbit.models.rope_scaling import stated_context
+from lowbit.models.config_keys import gguf_keys
+from lowbit.models.rope_scaling import scaling_from_gguf, stated_context
 from models.family_cases import saved
 
 
@@ -26,6 +29,7 @@ def config_of(rope: dict[str, Any], architecture: str = "LlamaForCausalLM", **ke
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+YARNS_OWN = 0.1 * math.log(4.0) + 1
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -92,3 +96,25 @@ def test_longrope_by_its_names_of_2024(name: str) -> None:
     wanted = config_of({"rope_type": "longrope", **rope}, **keys)
     assert wanted.rope_scaling.divisors == (4.0,) * half
     assert config_of({"type": name, **rope}, **keys) == wanted
+
+
+@pytest.mark.parametrize(
+    ("more", "magnitude"),
+    [
+        ({}, YARNS_OWN),
+        ({"attn_factor": 1.0}, YARNS_OWN),  # as llama.cpp writes whatever it saves
+        ({"attn_factor": 0.5}, 0.5 * YARNS_OWN),
+        ({"attn_factor": 0.0}, YARNS_OWN),
+        ({"yarn_attn_factor": 1.25, "attn_factor": 1.25 / YARNS_OWN}, 1.25),
+    ],
+    ids=str,
+)
+def test_magnitudes_of_yarn_in_gguf_files(more: dict[str, float], magnitude: float) -> None:
+    """ggml multiplies YaRN's own by attn_factor."""
+    rope = {"type": "yarn", "factor": 4.0, "original_context_length": 64, **more}
+    values: dict[str, object] = {f"llama.rope.scaling.{key}": value for key, value in rope.items()}
+    header = CheckpointHeader(
+        Path("x.gguf"), "gguf", {}, metadata={"general.architecture": "llama", **values}
+    )
+    scaling = scaling_from_gguf(gguf_keys(header), header)
+    assert rotary_frequencies(32, 10000.0, scaling)[1] == pytest.approx(magnitude)

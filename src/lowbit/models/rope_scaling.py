@@ -184,11 +184,23 @@ def scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScaling
             keys.size("rope.scaling.original_context_length"),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
-            or keys.optional("rope.scaling.attn_factor"),
+            attention_factor=_yarn_attention_factor(keys),
         )
     raise LowbitError(
         "E0242",
         f"{keys.place}.rope.scaling.type {printable(repr(kind))} is not supported; "
         "supported: none, linear, yarn",
     )
+
+
+def _yarn_attention_factor(keys: ConfigKeys) -> float | None:
+    """The factor on cosines and sines, where it is not YaRN's own.
+
+    ``attn_factor`` is what llama.cpp multiplies that by: 1 in every file that it writes itself.
+    """
+    whole = keys.optional("rope.scaling.yarn_attn_factor")
+    more = keys.number("rope.scaling.attn_factor", 1.0)
+    if whole or more in (0, 1):
+        return whole or None
+    factor = keys.number("rope.scaling.factor")
+    return more * (0.1 * math.log(factor) + 1) if factor > 1 else more
