@@ -167,17 +167,22 @@ def test_index_and_shards_tell_one_story(tmp_path: Path, change_index: str) -> N
     index = folder / "model.safetensors.index.json"
     values = json.loads(index.read_text())
     mapping = values["weight_map"]
+    shard = mapping["model.norm.weight"]
+    (other,) = set(mapping.values()) - {shard}
     if change_index == "extra":
-        mapping["ghost.weight"] = mapping["model.norm.weight"]
+        mapping["ghost.weight"] = shard
+        told = f"{index.name} puts tensor 'ghost.weight' in {shard}, but no shard holds it"
     elif change_index == "moved":
-        others = set(mapping.values()) - {mapping["model.norm.weight"]}
-        mapping["model.norm.weight"] = others.pop()
+        mapping["model.norm.weight"] = other
+        told = f"{index.name} puts tensor 'model.norm.weight' in {other}, but {shard} holds it"
     else:
         del mapping["model.norm.weight"]
+        told = f"{shard}: tensor 'model.norm.weight' is not in {index.name}"
     index.write_text(json.dumps(values))
     with pytest.raises(LowbitError) as caught:
         read_folder_header(folder)
     assert caught.value.code == "E0226"
+    assert caught.value.message.startswith(f"{told}; ") and "delete the index" in caught.value.message
 
 
 def test_folder_of_other_pickles_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
 HQQ_PICKLED = "qmodel.pt"  # of HQQ's own save_quantized
 SQUEEZED = "sq-*.pt"  # of SqueezeLLM's pack.py, by the names of its published models
+_MIXED = "files of different versions were mixed: fetch them again, or delete the index if it is a left-over"
 _PART = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 
 
@@ -167,11 +168,14 @@ def _check_index(where: str, index: dict[str, object], tensors: dict[str, Tensor
     for name, shard in weight_map.items():
         entry = tensors.get(name)
         if entry is None or entry.file.name != shard:
-            where = "no shard" if entry is None else entry.file.name
+            holder = "no shard" if entry is None else entry.file.name
             raise LowbitError(
                 "E0226",
-                f"{where} puts tensor {printable(name)!r} in {printable(shard)}, but {where} holds it",
+                f"{where} puts tensor {printable(name)!r} in {printable(shard)}, but {holder} holds it; "
+                f"{_MIXED}",
             )
     for name, entry in tensors.items():
         if name not in weight_map:
-            raise LowbitError("E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {where}")
+            raise LowbitError(
+                "E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {where}; {_MIXED}"
+            )
