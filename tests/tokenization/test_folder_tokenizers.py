@@ -99,6 +99,17 @@ def test_ids_behind_holes_and_of_the_post_processor_count(tmp_path: Path) -> Non
     assert of(folder_with(tmp_path, source)).vocab_size == VOCABULARY + 8
 
 
+def test_vocabularies_without_a_letter(tmp_path: Path) -> None:
+    """Of proteins, say; each text is asked for itself."""
+    source = letters(20)
+    words = {"type": "WordLevel", "vocab": {"MKV": 0}, "unk_token": "<unk>"}
+    ours = of(folder_with(tmp_path, source | {"model": words, "pre_tokenizer": None}))
+    assert ours.encode("MKV") == [0] and not ours.adds_bos
+    with pytest.raises(LowbitError) as caught:
+        ours.encode("a")
+    assert caught.value.code == "E0255"
+
+
 def test_a_gguf_file_has_as_many_tokens_as_rows(tmp_path: Path) -> None:
     source = letters(VOCABULARY)
     source["added_tokens"] = [added(VOCABULARY, "<image_soft_token>")]

@@ -60,7 +60,7 @@ class FastTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self._added = {number: token.content for number, token in added.items()}
-        sample = self._one(self._tokenizer.encode_batch_fast, "a", True).ids  # and what is put around a text
+        sample = self._sample()
         largest = max(*added, *sample, source.largest, -1)
         self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), largest + 1)
         self.bos_id = self._id(specials.bos)
@@ -94,6 +94,14 @@ class FastTokenizer:
             if number == unknown or _BYTE_TOKEN.fullmatch(self._added[number])
         )
         self.special_texts = {self._added[number]: number for number in self.special_ids}
+
+    def _sample(self) -> list[int]:
+        """A letter and what the post-processor puts around it; nothing where the vocabulary has none."""
+        try:
+            ids: list[int] = self._one(self._tokenizer.encode_batch_fast, "a", True).ids
+        except LowbitError:
+            return []
+        return ids
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)

@@ -158,7 +158,8 @@ class GgufSource:
 def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
     """The tokenizer a GGUF file carries."""
     found = gguf_source(header)
-    return FastTokenizer(Source(found.text, found.vocabulary.file), found.specials)
+    vocabulary = found.vocabulary
+    return FastTokenizer(Source(found.text, vocabulary.file, len(vocabulary.tokens) - 1), found.specials)
 
 
 def gguf_source(header: CheckpointHeader) -> GgufSource:

@@ -1,9 +1,11 @@
 """Special and added tokens as the small files of a folder name them.
 
-tokenizer_config.json     "bos_token": "<s>" or {"content": "<s>", …}; since 2023 "added_tokens_decoder"
-                          {"32000": {"content": …, "special": true, …}, …}
-special_tokens_map.json   the same names, and "additional_special_tokens": [texts]
-added_tokens.json         {"<|im_start|>": 32000, …}, before there was added_tokens_decoder
+    tokenizer_config.json     "bos_token": "<s>" or {"content": "<s>", …}; since 2023 "added_tokens_decoder"
+                              {"32000": {"content": …, "special": true, …}, …}
+    special_tokens_map.json   the same names, and "additional_special_tokens": [texts]
+    added_tokens.json         {"<|im_start|>": 32000, …}, before there was added_tokens_decoder
+
+tokenizer.json lists its added tokens itself.
 """
 
 from __future__ import annotations
