@@ -84,6 +84,16 @@ def test_tokenizers_of_other_models(
     assert caught.value.code == "E0251"
 
 
+@pytest.mark.parametrize("content", [["x"], {"a": 1}, 7, None])
+def test_added_tokens_behind_the_last_row_without_a_text(content: object, tmp_path: Path) -> None:
+    source = letters(VOCABULARY)
+    source["added_tokens"] = [added(VOCABULARY, "<x>") | {"content": content}]
+    assert of(folder_with(tmp_path, source)).vocab_size == VOCABULARY
+    source["added_tokens"].append(added(3, "<y>") | {"content": content})
+    with pytest.raises(LowbitError, match="no usable tokenizer"):
+        of(folder_with(tmp_path, source))
+
+
 def test_ids_behind_holes_and_of_the_post_processor_count(tmp_path: Path) -> None:
     """The number of tokens is not the largest id where numbers are left out."""
     source = letters(20)

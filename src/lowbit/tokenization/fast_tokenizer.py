@@ -290,7 +290,7 @@ def check_source(
         worst_kept = max((n for n in kept.values() if isinstance(n, int)), default=-1)
         if worst_kept < rows and not behind & set(needed):
             assert isinstance(added, list), "numbers are its"
-            tokens = [token for token in added if token.get("content") not in behind]
+            tokens = [token for token in added if token["id"] < rows]
             model = {**model, "vocab": kept if words else vocabulary}
             text = json.dumps({**values, "added_tokens": tokens, "model": model})
             return Source(text, place, worst_kept, tuple(sorted(behind)))
