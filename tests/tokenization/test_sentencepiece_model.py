@@ -108,6 +108,21 @@ def test_symbols_of_the_user(tmp_path: Path) -> None:
     assert set(ours.special_texts) == {"<unk>", "<s>", "</s>", "[INST]"}
 
 
+def test_llamas_space_before_the_text_alone(tmp_path: Path) -> None:
+    """With "legacy": false; else each piece between special tokens gets one."""
+    data = model("bpe", **PLAIN)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=data)
+    config: dict[str, object] = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    ours = of(folder_with(tmp_path, data, tokenizer_config=config))
+    start, words = [1, *spm.encode("the  end"), 2], ours.encode("the  end</s>the  end")
+    assert words[: len(start)] == start
+    assert b"".join(map(ours.token_bytes, words[len(start) :])) == b"the  end", "no space"
+    other = of(folder_with(tmp_path, data, tokenizer_config=config | {"legacy": True}))
+    assert other.encode("the  end</s>the  end") == [1, *spm.encode("the  end"), 2, *spm.encode("the  end")]
+    for text in ("the  end", "naïve 猫"):
+        assert ours.decode(ours.encode(text)) == text
+
+
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_special_tokens_in_messages_are_text(kind: str, tmp_path: Path) -> None:
     """In a unigram vocabulary they are words as well, of a score above all others."""

@@ -84,7 +84,7 @@ def _found(header: CheckpointHeader, config: Json) -> _Found:
     for file in SENTENCEPIECE:
         data = read_bytes(header, file)
         if data is not None and not _TIKTOKEN.match(data):
-            return _sentencepiece(header, data, file)
+            return _sentencepiece(header, data, file, config)
     listed = (*SENTENCEPIECE, "tiktoken.model", "qwen.tiktoken")
     left = next((file for file in listed if (header.root / file).exists()), None)
     raise LowbitError(
@@ -146,7 +146,7 @@ def _byte_level(header: CheckpointHeader, vocabulary: Json, merges: str, config:
     }
 
 
-def _sentencepiece(header: CheckpointHeader, data: bytes, file: str) -> _Found:
+def _sentencepiece(header: CheckpointHeader, data: bytes, file: str, config: Json) -> _Found:
     """tokenizer.model, with the tokens that other files add to it or have in the place of its unused ones."""
     metadata = sentencepiece_metadata(data, file)
     tokens, scores, types = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
@@ -169,6 +169,16 @@ def _sentencepiece(header: CheckpointHeader, data: bytes, file: str) -> _Found:
         tokens[number], types[number] = text, CONTROL if entry["special"] else USER_DEFINED
     vocabulary = Vocabulary(CheckpointHeader(Path(file), "gguf", {}, metadata=metadata))
     values = gguf_document(vocabulary)
+    if config.get("legacy") is False and _class_of(config) == "LlamaTokenizer":
+        # A space before the text alone, not behind each special token in it.
+        values["normalizer"] = None
+        scheme = "first" if metadata["tokenizer.ggml.add_space_prefix"] else "never"
+        values["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": scheme,
+            "split": False,
+        }
     # Found in the text as it is, before its spaces become underlines.
     flags = {str(entry["content"]): {**entry, "normalized": False} for entry in listed}
     own = vocabulary.added_tokens()
