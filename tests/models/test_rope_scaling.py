@@ -65,6 +65,14 @@ def test_factors_without_sense(kind: str) -> None:
     assert caught.value.code == "E0216"
 
 
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("factor", [0, -2.0])
+def test_factors_that_stretch_nothing(kind: str, factor: float) -> None:
+    with pytest.raises(LowbitError, match="key 'factor' must be above 0, found") as caught:
+        config_of({**YARN, **LLAMA3, "type": kind, "rope_type": kind, "factor": factor})
+    assert caught.value.code == "E0216"
+
+
 def test_dynamic_scaling_beyond_the_trained_context(tmp_path: Path) -> None:
     """Of sequences as long as --context-length: transformers' logits. Shorter ones turn as those do, so that
     a token's K does not depend on what follows it."""

@@ -54,13 +54,13 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         case "default":
             return RopeScaling()
         case "dynamic":
-            return RopeScaling("dynamic", rope.number("factor", 1.0), context)
+            return RopeScaling("dynamic", _factor(rope, 1.0), context)
         case "linear":
-            return RopeScaling("linear", rope.number("factor"))
+            return RopeScaling("linear", _factor(rope))
         case "llama3":
             return RopeScaling(
                 "llama3",
-                rope.number("factor"),
+                _factor(rope),
                 trained,
                 rope.number("low_freq_factor"),
                 rope.number("high_freq_factor"),
@@ -68,7 +68,7 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         case "yarn":
             return RopeScaling(
                 "yarn",
-                rope.number("factor", context / trained if context != trained else None),
+                _factor(rope, context / trained if context != trained else None),
                 trained,
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
@@ -84,6 +84,13 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         f"{rope.place}: rope type {printable(repr(kind))} is not supported; "
         "supported: default, linear, dynamic, llama3, yarn, longrope",
     )
+
+
+def _factor(rope: ConfigKeys, default: float | None = None) -> float:
+    factor = rope.number("factor", default)
+    if factor <= 0:
+        raise LowbitError("E0216", f"{rope.place}: key 'factor' must be above 0, found {factor:g}")
+    return factor
 
 
 def served_context(rope: ConfigKeys, keys: ConfigKeys, scaling: RopeScaling, architecture: str) -> int:
