@@ -293,7 +293,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0251": Entry(
         "tokenizer and model do not fit",
-        "The tokenizer can make ids the embedding has no row for.",
+        "The tokenizer can make ids the embedding has no row for, and they are more than a few added tokens "
+        "that nobody needs (those are read as text).",
         "The tokenizer belongs to another model; pass the right one with --tokenizer.",
     ),
     "E0252": Entry(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from checkpoint.tiny import CONFIG, join_safetensors, split_safetensors, write_folder
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.folder import read_folder_header
+from lowbit.checkpoint.folder import MAX_ALL_TENSORS, read_folder_header
 from lowbit.checkpoint.safetensors_file import DTYPE_BITS, read_safetensors_header
 from lowbit.checkpoint.tensor_data import DTYPES, TensorData
 from lowbit.errors import LowbitError
@@ -61,6 +61,20 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "b", shards=2)
     (folder / "model.safetensors.index.json").unlink()
     assert len(read_folder_header(folder).tensors) == 12
+
+
+def test_the_limits_of_a_file_and_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of hundreds of experts has more tensors in all its shards than one file may have."""
+    assert MAX_ALL_TENSORS > 4 * 60 * 384 * 3, "Kimi K2's in NVFP4"
+    folder = write_folder(tmp_path / "b", shards=3)
+    monkeypatch.setattr("lowbit.checkpoint.safetensors_file.MAX_TENSORS", 5)
+    assert len(read_folder_header(folder).tensors) == 12
+    monkeypatch.setattr("lowbit.checkpoint.folder.MAX_ALL_TENSORS", 11)
+    for told in ("E0227", "E0225"):
+        with pytest.raises(LowbitError, match="12 tensors, limit 11") as caught:
+            read_folder_header(folder)
+        assert caught.value.code == told
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 def change(folder: Path, key: str, value: object) -> None:
@@ -153,17 +167,22 @@ def test_index_and_shards_tell_one_story(tmp_path: Path, change_index: str) -> N
     index = folder / "model.safetensors.index.json"
     values = json.loads(index.read_text())
     mapping = values["weight_map"]
+    shard = mapping["model.norm.weight"]
+    (other,) = set(mapping.values()) - {shard}
     if change_index == "extra":
-        mapping["ghost.weight"] = mapping["model.norm.weight"]
+        mapping["ghost.weight"] = shard
+        told = f"{index.name} puts tensor 'ghost.weight' in {shard}, but no shard holds it"
     elif change_index == "moved":
-        others = set(mapping.values()) - {mapping["model.norm.weight"]}
-        mapping["model.norm.weight"] = others.pop()
+        mapping["model.norm.weight"] = other
+        told = f"{index.name} puts tensor 'model.norm.weight' in {other}, but {shard} holds it"
     else:
         del mapping["model.norm.weight"]
+        told = f"{shard}: tensor 'model.norm.weight' is not in {index.name}"
     index.write_text(json.dumps(values))
     with pytest.raises(LowbitError) as caught:
         read_folder_header(folder)
     assert caught.value.code == "E0226"
+    assert caught.value.message.startswith(f"{told}; ") and "delete the index" in caught.value.message
 
 
 def test_folder_of_other_pickles_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from checkpoint.tiny import VOCABULARY, write_folder
+from doctor.helpers import add_tokenizer
+from lowbit.engine.cuda_graphs import Progress
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
 from models.family_cases import saved
@@ -40,6 +44,40 @@ def test_a_tokenizer_that_fails_ends_loading_at_once(
     assert modules < 20, "of 211"
 
 
+def test_a_tokenizer_of_another_model_ends_loading_at_once(
+    tmp_path: Path, embedded_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the weights are there, and so without them where they cannot be read."""
+    from lowbit.engine import load as load_module
+
+    add_tokenizer(write_folder(tmp_path), VOCABULARY + 1)
+    monkeypatch.setattr(load_module, "load_part", lambda *arguments: _report_until_it_fails(arguments[4]))
+    with pytest.raises(LowbitError, match="41 ids but the embedding has 40 rows") as caught:
+        load_module.load_engine(Settings(model=str(tmp_path), device="cpu"))
+    assert caught.value.code == "E0251"
+
+
+def _report_until_it_fails(report: Progress) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        report(0, 1, "packing")
+        time.sleep(0.01)
+
+
+def test_tokens_without_a_row_are_served_as_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from lowbit.engine.load import load_engine
+
+    add_tokenizer(write_folder(tmp_path))
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    source["added_tokens"] = [{"id": VOCABULARY, "content": "[PAD]", "special": True, **flags}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with caplog.at_level("INFO", "lowbit"):
+        engine = load_engine(Settings(model=str(tmp_path), device="cpu", max_total_tokens=64))
+    engine.close()
+    assert "the embedding has no row for it: '[PAD]'" in caplog.text
+
+
 def test_a_context_beyond_the_models_own(embedded_path: Path) -> None:
     from lowbit.engine.load import load_engine
 
@@ -53,6 +91,19 @@ def test_a_context_beyond_the_models_own(embedded_path: Path) -> None:
         assert engine.ready().details["warning"].startswith(told)
     finally:
         engine.close()
+
+
+def test_what_is_said_of_dynamic_scaling(tmp_path: Path) -> None:
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.engine.load import _beyond_context
+
+    config = json.loads((write_folder(tmp_path) / "config.json").read_text())
+    config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    header = open_checkpoint(str(tmp_path))
+    assert _beyond_context(Settings(model=str(tmp_path), context_length=128), header) == ""
+    said = _beyond_context(Settings(model=str(tmp_path), context_length=256), header)
+    assert said.endswith(": it computes all positions as dynamic NTK does those of the longest sequence")
 
 
 def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:

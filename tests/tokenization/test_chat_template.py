@@ -17,7 +17,7 @@ from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.tokenization import load_chat_template, load_tokenizer
 from lowbit.tokenization.chat_template import TOOL_TEMPLATE, JinjaTemplate
-from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
+from lowbit.tokenization.fast_tokenizer import FastTokenizer, Source, Specials
 
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -119,7 +119,7 @@ PHI3 = (
 def test_spaces_beside_special_tokens_equal_transformers(kind: str) -> None:
     oracle = PreTrainedTokenizerFast(tokenizer_object=SPACED[kind], bos_token="<s>", unk_token="<unk>")
     source = oracle.backend_tokenizer.to_str()
-    own = FastTokenizer(source, Specials(bos="<s>"), "tokenizer.json")
+    own = FastTokenizer(Source(source, "tokenizer.json"), Specials(bos="<s>"))
     ours = JinjaTemplate(PHI3, "test", own, {"bos_token": "<s>"})
     messages: list[dict[str, object]] = [
         {"role": "user", "content": text} for text in ("Hi you", " \n x", "猫\U000f0000")

@@ -151,6 +151,26 @@ def test_folder_tokenizers_on_varied_strings(kind: object, tmp_path: Path) -> No
         assert ours.decode(expected) == oracle.decode(expected, skip_special_tokens=True)
 
 
+def test_a_tokenizer_saved_in_training_neither_cuts_nor_pads(tmp_path: Path) -> None:
+    """tokenizer.json then holds the length and the padding of the training's batches."""
+    made = byte_level()
+    text = "The quick brown fox jumps over the lazy dog, and sleeps. " * 3
+    wanted = made.encode(text).ids
+    made.enable_truncation(8)
+    made.enable_padding(direction="left", length=64, pad_id=1, pad_token="</s>")
+    folder = write_folder(tmp_path / "hf")
+    (folder / "tokenizer.json").write_text(made.to_str())
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    ours = load_tokenizer(open_checkpoint(str(folder)))
+    gguf = load_tokenizer(header_with({"tokenizer.huggingface.json": made.to_str()}))
+    assert len(wanted) > 8
+    for one in (ours, gguf):
+        for parse_special in (True, False):
+            ids = one.encode(text, add_special=False, parse_special=parse_special)
+            assert [0, *ids] == wanted
+        assert one.encode("a", add_special=False) == made.encode("a", add_special_tokens=False).ids[-1:]
+
+
 def test_vocab_and_merges_files(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     made = tokenizers.Tokenizer(models.BPE())

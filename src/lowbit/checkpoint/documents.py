@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError, printable, thousands
 MIB = 1 << 20
 _LIMITS = {
     **dict.fromkeys(("tokenizer.json", "vocab.json", "tekken.json"), 256 * MIB),
+    **dict.fromkeys(("tokenizer.model", "tokenizer.model.v3"), 16 * MIB),
     **dict.fromkeys(("model.safetensors.index.json", "pytorch_model.bin.index.json"), 64 * MIB),
 }
 _DEFAULT_LIMIT = 4 * MIB

@@ -17,15 +17,17 @@ from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.mistral_folder import PARAMS, config_of, has_mistral_names, named_as_transformers
 from lowbit.checkpoint.pickled_file import read_pickled_header
 from lowbit.checkpoint.pickled_objects import owner
-from lowbit.checkpoint.safetensors_file import INDEX, MAX_TENSORS, read_safetensors_header
+from lowbit.checkpoint.safetensors_file import INDEX, read_safetensors_header
 from lowbit.checkpoint.wrapped_names import without_wrappers
 from lowbit.errors import LowbitError, printable
 
 MAX_SHARDS = 10_000
+MAX_ALL_TENSORS = 1_000_000  # of all shards: each of Kimi K2's 69,120 experts' matrices is up to four
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
 HQQ_PICKLED = "qmodel.pt"  # of HQQ's own save_quantized
 SQUEEZED = "sq-*.pt"  # of SqueezeLLM's pack.py, by the names of its published models
+_MIXED = "files of different versions were mixed: fetch them again, or delete the index if it is a left-over"
 _PART = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 
 
@@ -56,8 +58,8 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
         pickled = not names[0].endswith(".safetensors")
         stored = {owner(name, metadata): entry for name, entry in tensors.items()} if pickled else tensors
         _check_index(index_name, index, stored)
-    if len(tensors) > MAX_TENSORS:
-        raise LowbitError("E0225", f"{folder.name}: {len(tensors)} tensors, limit {MAX_TENSORS}")
+    if len(tensors) > MAX_ALL_TENSORS:
+        raise LowbitError("E0225", f"{folder.name}: {len(tensors)} tensors, limit {MAX_ALL_TENSORS}")
     container: Literal["pickle", "safetensors"] = (
         "safetensors" if names[0].endswith(".safetensors") else "pickle"
     )
@@ -140,8 +142,8 @@ def _weight_map(name: str, index: dict[str, object]) -> dict[str, str]:
 
 def _shards_of(folder: Path, where: str, index: dict[str, object]) -> list[str]:
     weight_map = _weight_map(where, index)
-    if len(weight_map) > MAX_TENSORS:
-        raise LowbitError("E0227", f"{where}: {len(weight_map)} tensors, limit {MAX_TENSORS}")
+    if len(weight_map) > MAX_ALL_TENSORS:
+        raise LowbitError("E0227", f"{where}: {len(weight_map)} tensors, limit {MAX_ALL_TENSORS}")
     names = sorted(set(weight_map.values()))
     if not names or len(names) > MAX_SHARDS:
         raise LowbitError("E0227", f"{where} names {len(names)} shards; 1 to {MAX_SHARDS} are possible")
@@ -166,11 +168,14 @@ def _check_index(where: str, index: dict[str, object], tensors: dict[str, Tensor
     for name, shard in weight_map.items():
         entry = tensors.get(name)
         if entry is None or entry.file.name != shard:
-            where = "no shard" if entry is None else entry.file.name
+            holder = "no shard" if entry is None else entry.file.name
             raise LowbitError(
                 "E0226",
-                f"{where} puts tensor {printable(name)!r} in {printable(shard)}, but {where} holds it",
+                f"{where} puts tensor {printable(name)!r} in {printable(shard)}, but {holder} holds it; "
+                f"{_MIXED}",
             )
     for name, entry in tensors.items():
         if name not in weight_map:
-            raise LowbitError("E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {where}")
+            raise LowbitError(
+                "E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {where}; {_MIXED}"
+            )

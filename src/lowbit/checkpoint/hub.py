@@ -24,7 +24,7 @@ _SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json"),
-    "model.safetensors.index.json",
+    *("tokenizer.model.v3", "model.safetensors.index.json"),
     "model.safetensors.index.json.meta.json",
     *("pytorch_model.bin.index.json", "params.json", "tekken.json"),
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),

@@ -22,7 +22,7 @@ from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.recurrent import allocate_layer
 from lowbit.loading import load_model, plan_model
 from lowbit.models.model import Model
-from lowbit.tokenization import Tokenizer, check_vocabulary, load_tokenizer
+from lowbit.tokenization import Tokenizer, check_vocabulary, embedding_rows, load_tokenizer
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,7 +44,7 @@ def check_tokenizer(header: CheckpointHeader, override: str | None, report: Repo
     except LowbitError as error:
         report.add_error(error, "D120" if error.code == "E0250" else "D121")
         return None
-    rows = _embedding_rows(header)
+    rows = embedding_rows(header)
     try:
         if rows is not None:
             check_vocabulary(tokenizer, rows)
@@ -52,16 +52,6 @@ def check_tokenizer(header: CheckpointHeader, override: str | None, report: Repo
         report.add_error(error, "D117")
         return None
     return tokenizer
-
-
-def _embedding_rows(header: CheckpointHeader) -> int | None:
-    """Rows of the embedding as stored, or what the config says where they cannot be told."""
-    names = ("token_embd.weight", "model.embed_tokens.weight", "embed_tokens.weight")
-    entry = next((header.tensors[name] for name in names if name in header.tensors), None)
-    if entry is not None and len(entry.shape) == 2 and entry.dtype != "U8":
-        return entry.shape[0]
-    told = header.config.get("vocab_size")
-    return told if isinstance(told, int) else None
 
 
 def check_language(

@@ -132,12 +132,12 @@ def _engine(
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
     from lowbit.models.config_keys import architecture_of
-    from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
+    from lowbit.tokenization import load_generation_config
 
     beyond = _beyond_context(settings, header)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
-        tokenizer_read = beside.submit(load_tokenizer, header, settings.tokenizer)
+        tokenizer_read = beside.submit(_fitting_tokenizer, settings, header)
         report = _stopped_by(tokenizer_read, ranks, on_progress)
         parallel = ALONE if ranks is None else ranks.parallel
         try:
@@ -151,7 +151,6 @@ def _engine(
         # What is left for torch is small, and its own threads, which spin after every operation, would take
         # the cores from the native ones.
         torch.set_num_threads(1)
-    check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
     details = {
@@ -190,6 +189,20 @@ def _engine(
     return engine
 
 
+def _fitting_tokenizer(settings: Settings, header: CheckpointHeader) -> FastTokenizer:
+    """The tokenizer; E0251 where it is another model's, which is known before a weight is read."""
+    from lowbit.models.registry import family_of
+    from lowbit.tokenization import check_vocabulary, load_tokenizer
+
+    rows = family_of(header).config_of(header).vocab_size
+    tokenizer = load_tokenizer(header, settings.tokenizer, rows)
+    check_vocabulary(tokenizer, rows)
+    if tokenizer.source.left_out:
+        named = ", ".join(printable(repr(text)) for text in tokenizer.source.left_out)
+        _log.info("lowbit: plain text, as the embedding has no row for it: %s", named)
+    return tokenizer
+
+
 def _beyond_context(settings: Settings, header: CheckpointHeader) -> str:
     """What to say of a --context-length that is more than the model's own; E0103 where it cannot be."""
     from lowbit.models.registry import family_of
@@ -203,6 +216,8 @@ def _beyond_context(settings: Settings, header: CheckpointHeader) -> str:
         raise LowbitError("E0103", f"{beyond}, and it has no vectors for later positions; lower it")
     if settings.strict:
         raise LowbitError("E0103", f"{beyond}; lower it, or drop --strict")
+    if config.rope_scaling.kind == "dynamic":
+        return f"{beyond}: it computes all positions as dynamic NTK does those of the longest sequence"
     return f"{beyond}: behind that it talks nonsense unless trained for it"
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. ``kind``: none, linear, llama3, yarn, divisors or table.
+    """How rotary frequencies are stretched. ``kind``: none, linear, dynamic, llama3, yarn, divisors or table.
 
     "divisors" divides each frequency by ``divisors`` (LongRoPE, from config.json), "table" by a tensor of
-    the checkpoint, ``tensor`` (GGUF ``rope_freqs``, ``rope_factors_long``).
+    the checkpoint, ``tensor`` (GGUF ``rope_freqs``, ``rope_factors_long``). "dynamic" leaves them alone: it
+    has another base for sequences beyond ``original_context``.
     """
 
     kind: str = "none"
@@ -43,7 +44,7 @@ def rotary_frequencies(
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     plain = 1.0 / theta**exponents
     match scaling.kind:
-        case "none":
+        case "none" | "dynamic":
             return plain, 1.0
         case "table":
             assert divisors is not None, "table scaling comes with its divisors"

@@ -28,6 +28,7 @@ from lowbit.loading.options import ModelOptions, model_options
 from lowbit.loading.packed_cache import PackedCache
 from lowbit.loading.planner import ModelPlan, ModulePlan, Planner
 from lowbit.loading.samples import Samples
+from lowbit.models.config import extended
 from lowbit.models.model import Model
 from lowbit.quantize.calibration import Calibration
 from lowbit.quantize.recipe import Asked
@@ -97,8 +98,8 @@ def load_model(
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
-    if context_length is not None and context_length > opened.config.context_length:
-        opened = replace(opened, config=replace(opened.config, context_length=context_length))
+    if context_length is not None:
+        opened = replace(opened, config=extended(opened.config, context_length))
     if _is_written_first(opened, save, calibration, parallel):
         from lowbit.loading.quantizing import quantized_checkpoint  # imports half of lowbit
 

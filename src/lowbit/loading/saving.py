@@ -47,11 +47,11 @@ _QUANTIZATION_FILES = frozenset(
         CERTIFICATE,
     )
 )
-_DOCUMENTS = frozenset((".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"))
+_DOCUMENTS = frozenset((".json", ".jinja", ".txt", ".model", ".v3", ".tiktoken", ".spm"))
 _OF_TOKENIZER = frozenset(
     (
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-        *("added_tokens.json", "vocab.json", "merges.txt", "tekken.json"),
+        *("added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "tokenizer.model.v3"),
         *("chat_template.jinja", "chat_template.json", TOOL_TEMPLATE),
     )
 )

@@ -206,7 +206,7 @@ class SourceModel:
 
     def take_tokenizer(self, other: CheckpointHeader) -> None:
         """Let that of another checkpoint go with the model, whose vocabulary must have room for it."""
-        check_vocabulary(load_tokenizer(other), self.config.vocab_size)
+        check_vocabulary(load_tokenizer(other, rows=self.config.vocab_size), self.config.vocab_size)
         self.tokenizer = other
 
     def for_gguf(self) -> SourceModel:

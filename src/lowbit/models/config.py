@@ -5,14 +5,20 @@ Sources: transformers' LlamaConfig, the GGUF specification.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.layers.rotary import RopeScaling
 from lowbit.models.config_keys import ConfigKeys, architecture_of, gguf_keys, json_keys
-from lowbit.models.rope_scaling import rope_keys, scaling_from_gguf, scaling_from_json
+from lowbit.models.rope_scaling import (
+    longer,
+    rope_keys,
+    scaling_from_gguf,
+    scaling_from_json,
+    served_context,
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,14 @@ def widened(kind: type[ConfigT], base: ModelConfig, **more: object) -> ConfigT:
     return kind(**{**known, **more})
 
 
+def extended(config: ModelConfig, context: int) -> ModelConfig:
+    """For sequences of up to ``context`` tokens, where that is more than the model's own."""
+    if context <= config.context_length:
+        return config
+    theta = longer(config.rope_scaling, config.rotary_dim, config.rope_theta, context)
+    return replace(config, context_length=context, rope_theta=theta)
+
+
 def base_config(
     header: CheckpointHeader, *, rotated: float = 1.0, theta: float = 10000.0, tied: bool = False
 ) -> ModelConfig:
@@ -173,8 +187,9 @@ def _from_json(header: CheckpointHeader, rotated: float, theta: float, tied: boo
     context = keys.size("max_position_embeddings")
     rope = rope_keys(keys)
     partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", rotated))
+    architecture, scaling = architecture_of(header), scaling_from_json(rope, keys, context)
     return ModelConfig(
-        architecture=architecture_of(header),
+        architecture=architecture,
         hidden_size=hidden,
         layers=keys.size("num_hidden_layers"),
         heads=heads,
@@ -182,11 +197,11 @@ def _from_json(header: CheckpointHeader, rotated: float, theta: float, tied: boo
         head_dim=head_dim,
         intermediate_size=keys.size("intermediate_size"),
         vocab_size=keys.size("vocab_size"),
-        context_length=context,
+        context_length=served_context(rope, keys, scaling, architecture),
         norm_eps=_norm_eps(keys, ("rms_norm_eps", "layer_norm_eps")),
         rope_theta=rope.number("rope_theta", keys.number("rope_theta", theta)),
         rotary_dim=int(head_dim * partial),
-        rope_scaling=scaling_from_json(rope, keys, context),
+        rope_scaling=scaling,
         tied_head=keys.flag("tie_word_embeddings", tied),
         activation=keys.text("hidden_activation", keys.text("hidden_act", "silu")),
     )

@@ -22,6 +22,7 @@ from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig
 from lowbit.models.config_keys import architecture_of, gguf_keys
 from lowbit.models.hf_families import FAMILIES, WITHOUT, Json, shortest
+from lowbit.models.rope_scaling import stated_context
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -59,7 +60,9 @@ def _common(header: CheckpointHeader, config: ModelConfig) -> Json:
         "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
+        "max_position_embeddings": stated_context(
+            config.rope_scaling, config.context_length, config.architecture
+        ),
         "rms_norm_eps": shortest(config.norm_eps),
         "rope_theta": shortest(config.rope_theta),
         "hidden_act": config.activation,

@@ -10,7 +10,7 @@ import math
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling
-from lowbit.models.config_keys import ConfigKeys
+from lowbit.models.config_keys import MAX_SIZE, ConfigKeys
 
 
 def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
@@ -48,16 +48,19 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
     original = "original_max_position_embeddings"
     nested = is_nested(keys.section("rope_parameters"))
     trained = rope.size(original, context) if nested else keys.size(original, rope.size(original, context))
+    if kind == "su" or (kind == "yarn" and rope.has("short_factor")):
+        kind = "longrope"  # as Phi-3's files of spring 2024 call it
     match kind:
-        # Dynamic NTK leaves the frequencies alone up to the trained context, which is all lowbit serves.
-        case "default" | "dynamic":
+        case "default":
             return RopeScaling()
+        case "dynamic":
+            return RopeScaling("dynamic", _factor(rope, 1.0), context)
         case "linear":
-            return RopeScaling("linear", rope.number("factor"))
+            return RopeScaling("linear", _factor(rope))
         case "llama3":
             return RopeScaling(
                 "llama3",
-                rope.number("factor"),
+                _factor(rope),
                 trained,
                 rope.number("low_freq_factor"),
                 rope.number("high_freq_factor"),
@@ -65,7 +68,7 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         case "yarn":
             return RopeScaling(
                 "yarn",
-                rope.number("factor", context / trained if context != trained else None),
+                _factor(rope, context / trained if context != trained else None),
                 trained,
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
@@ -81,6 +84,57 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         f"{rope.place}: rope type {printable(repr(kind))} is not supported; "
         "supported: default, linear, dynamic, llama3, yarn, longrope",
     )
+
+
+def _factor(rope: ConfigKeys, default: float | None = None) -> float:
+    factor = rope.number("factor", default)
+    if factor <= 0:
+        raise LowbitError("E0216", f"{rope.place}: key 'factor' must be above 0, found {factor:g}")
+    return factor
+
+
+def served_context(rope: ConfigKeys, keys: ConfigKeys, scaling: RopeScaling, architecture: str) -> int:
+    """The longest sequence that a config.json's scaling is made for, as vLLM reckons it.
+
+    Recipes that stretch a model leave its max_position_embeddings alone: Qwen's for YaRN, Vicuna's 16k.
+    """
+    context, original = keys.size("max_position_embeddings"), "original_max_position_embeddings"
+    longest = float(context)
+    if scaling.kind == "linear" and not _says_all(architecture):
+        longest = context * scaling.factor
+    elif scaling.kind == "yarn" and (rope.has(original) or keys.has(original)):
+        longest = scaling.original_context * scaling.factor
+    if longest > MAX_SIZE:
+        raise LowbitError(
+            "E0216",
+            f"{rope.place}: factor {scaling.factor:g} makes a context of {longest:g} tokens, at most "
+            f"{MAX_SIZE} are supported",
+        )
+    return max(context, int(longest))
+
+
+def stated_context(scaling: RopeScaling, context: int, architecture: str) -> int:
+    """The max_position_embeddings that ``served_context`` makes this context of."""
+    if scaling.kind != "linear" or _says_all(architecture):
+        return context
+    return max(1, round(context / scaling.factor))
+
+
+def _says_all(architecture: str) -> bool:
+    """Whether max_position_embeddings has the factor of a linear scaling in it (Gemma 3's)."""
+    return architecture.lower().startswith("gemma3")
+
+
+def longer(scaling: RopeScaling, rotary_dim: int, theta: float, context: int) -> float:
+    """The rotary base for sequences of more tokens than the model's own.
+
+    Dynamic NTK's grows with the length of each sequence. A token's K must not depend on how long its sequence
+    becomes later: all get the one of the longest.
+    """
+    if scaling.kind != "dynamic" or rotary_dim <= 2 or context <= scaling.original_context:
+        return theta
+    grown = scaling.factor * context / scaling.original_context - (scaling.factor - 1)
+    return float(theta * grown ** (rotary_dim / (rotary_dim - 2)))
 
 
 def local_rope(keys: ConfigKeys, context: int, theta: float) -> tuple[float, RopeScaling]:
@@ -137,11 +191,23 @@ def scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScaling
             keys.size("rope.scaling.original_context_length"),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
-            or keys.optional("rope.scaling.attn_factor"),
+            attention_factor=_yarn_attention_factor(keys),
         )
     raise LowbitError(
         "E0242",
         f"{keys.place}.rope.scaling.type {printable(repr(kind))} is not supported; "
         "supported: none, linear, yarn",
     )
+
+
+def _yarn_attention_factor(keys: ConfigKeys) -> float | None:
+    """The factor on cosines and sines, where it is not YaRN's own.
+
+    ``attn_factor`` is what llama.cpp multiplies that by: 1 in every file that it writes itself.
+    """
+    whole = keys.optional("rope.scaling.yarn_attn_factor")
+    more = keys.number("rope.scaling.attn_factor", 1.0)
+    if whole or more in (0, 1):
+        return whole or None
+    factor = keys.number("rope.scaling.factor")
+    return more * (0.1 * math.log(factor) + 1) if factor > 1 else more

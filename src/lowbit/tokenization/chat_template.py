@@ -29,6 +29,7 @@ from lowbit.checkpoint.documents import read_json, read_text
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
+from lowbit.tokenization.special_tokens import named_tokens
 
 MAX_SOURCE = 1 << 20
 MAX_OUTPUT = 16 << 20
@@ -36,7 +37,6 @@ DEADLINE_SECONDS = 1.0
 _LARGEST_REPEAT = 1 << 16
 _FIRST_MARK = 0xF0000  # Unicode's supplementary private-use plane
 _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + 0xFFFD)}]")
-_BOS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 # Where transformers keeps what older folders have as a list of templates in tokenizer_config.json.
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
@@ -64,12 +64,7 @@ def find_template(header: CheckpointHeader, override: str | None = None) -> Foun
         variables = _gguf_specials(header)
     else:
         config = read_json(header, "tokenizer_config.json") or {}
-        variables = {}
-        for name in _BOS_NAMES:
-            value = config.get(name)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                variables[name] = text
+        variables = named_tokens(header)
     if override == "chatml":
         return FoundTemplate(CHATML, "chatml", variables)
     if override is not None:

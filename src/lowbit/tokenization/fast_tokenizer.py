@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 
 import tokenizers
 
@@ -19,6 +19,8 @@ from lowbit.errors import LowbitError, printable
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 MAX_ID = 1 << 24
 MAX_ADDED = 1_000_000
+MAX_LEFT_OUT = 64
+_NOWHERE = "\U0010ffff"  # a code that is no character
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,34 @@ class Specials:
     adds_eos: bool | None = None
 
 
-class FastTokenizer:
-    """See ``tokenizer.Tokenizer``. ``source``: tokenizer.json's text; ``place``: the file, for messages."""
+@dataclass(frozen=True)
+class Source:
+    """What a tokenizer is built from: tokenizer.json's ``text``; ``place``: the file, for messages.
 
-    def __init__(self, source: str, specials: Specials, place: str) -> None:
-        self._source = source
-        self._place = place
-        self._tokenizer = _build(source, place)
+    ``largest``: of the vocabulary's ids, which may leave numbers out; ``left_out``: the added tokens that the
+    embedding has no row for, which are not in ``text``.
+    """
+
+    text: str
+    place: str
+    largest: int = -1
+    left_out: tuple[str, ...] = ()
+
+
+class FastTokenizer:
+    """See ``tokenizer.Tokenizer``."""
+
+    def __init__(self, source: Source, specials: Specials) -> None:
+        self.source = source
+        self._tokenizer = _build(source)
         self._lock = threading.Lock()
         self._plain: tokenizers.Tokenizer | None = None
         self._bytes: dict[int, bytes] = {}
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self._added = {number: token.content for number, token in added.items()}
-        largest = max(added, default=-1)
+        sample = self._sample()
+        largest = max(*added, *sample, source.largest, -1)
         self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), largest + 1)
         self.bos_id = self._id(specials.bos)
         self.eos_id = self._id(specials.eos)
@@ -53,7 +69,7 @@ class FastTokenizer:
         self._forced_bos = specials.adds_bos
         self._forced_eos = specials.adds_eos
         self.adds_bos = bool(
-            self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
+            self.bos_id is not None and sample[:1] == [self.bos_id]
             if specials.adds_bos is None
             else specials.adds_bos and self.bos_id is not None
         )
@@ -78,6 +94,14 @@ class FastTokenizer:
             if number == unknown or _BYTE_TOKEN.fullmatch(self._added[number])
         )
         self.special_texts = {self._added[number]: number for number in self.special_ids}
+
+    def _sample(self) -> list[int]:
+        """A letter and what the post-processor puts around it; nothing where the vocabulary has none."""
+        try:
+            ids: list[int] = self._one(self._tokenizer.encode_batch_fast, "a", True).ids
+        except LowbitError:
+            return []
+        return ids
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
@@ -119,16 +143,30 @@ class FastTokenizer:
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise LowbitError(
-                "E0255", f"{self._place}: the tokenizer failed on this text: {printable(error)}"
+                "E0255", f"{self.source.place}: the tokenizer failed on this text: {printable(error)}"
             ) from None
         return encoded
 
     def _without_specials(self) -> tokenizers.Tokenizer:
         with self._lock:
             if self._plain is None:
-                self._plain = _build(self._source, self._place)
+                self._plain = _build(self._unnamed())
                 self._plain.encode_special_tokens = True
             return self._plain
+
+    def _unnamed(self) -> Source:
+        """The source, without the special tokens' texts in a unigram vocabulary: there they are words, too,
+        and the likeliest where a text has them."""
+        if not isinstance(self._tokenizer.model, tokenizers.models.Unigram):
+            return self.source
+        values = json.loads(self.source.text)
+        words = values["model"]["vocab"]
+        for number in self.special_ids:
+            if number < len(words):
+                words[number][0] = f"{_NOWHERE}{number}"
+        added = values.get("added_tokens") or []
+        values["added_tokens"] = [token for token in added if not token.get("special")]
+        return replace(self.source, text=json.dumps(values))
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
         """The text of ``ids``."""
@@ -194,36 +232,66 @@ def _byte_of() -> dict[str, int]:
 _BYTES: dict[str, int] = {}
 
 
-def _build(source: str, place: str) -> tokenizers.Tokenizer:
+def _build(source: Source) -> tokenizers.Tokenizer:
     """The library's object. It panics on some damaged files instead of raising, so everything is caught."""
     try:
-        return tokenizers.Tokenizer.from_str(source)
+        made = tokenizers.Tokenizer.from_str(source.text)
+        # Of the training that saved the file: prompts are neither cut nor filled up, as in transformers.
+        made.no_truncation()
+        made.no_padding()
+        return made
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        raise LowbitError("E0254", f"{place}: no usable tokenizer: {printable(error)}") from None
+        raise LowbitError("E0254", f"{source.place}: no usable tokenizer: {printable(error)}") from None
 
 
-def check_source(values: dict[str, object], place: str) -> str:
-    """tokenizer.json's object as text for the library, after what it does not check itself."""
+def added_numbers(added: list[object], place: str) -> dict[str, int]:
+    """Text -> id of tokenizer.json's added tokens, checked."""
+    if len(added) > MAX_ADDED:
+        raise LowbitError("E0254", f"{place}: {len(added)} added tokens, limit {MAX_ADDED}")
+    numbers: dict[str, int] = {}
+    seen: set[int] = set()
+    for token in added:
+        number = token.get("id") if isinstance(token, dict) else None
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_ID:
+            raise LowbitError("E0254", f"{place}: an added token has id {printable(number)}")
+        if number in seen:
+            raise LowbitError("E0254", f"{place}: two added tokens have id {number}")
+        seen.add(number)
+        assert isinstance(token, dict), "it has an id"
+        numbers[str(token.get("content"))] = number
+    return numbers
+
+
+def check_source(
+    values: dict[str, object], place: str, rows: int | None = None, needed: Collection[str | None] = ()
+) -> Source:
+    """tokenizer.json's object as text for the library, after what it does not check itself.
+
+    ``rows``: of the embedding. Added tokens behind it are left out, so that their text is plain text: models
+    are published with a padding token, or one for pictures, that they have no row for. Not where one of them
+    is ``needed``, where they are many or where other tokens are behind it, too: such a tokenizer is another
+    model's.
+    """
     added = values.get("added_tokens")
-    if isinstance(added, list):
-        if len(added) > MAX_ADDED:
-            raise LowbitError("E0254", f"{place}: {len(added)} added tokens, limit {MAX_ADDED}")
-        seen: set[object] = set()
-        for token in added:
-            number = token.get("id") if isinstance(token, dict) else None
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_ID:
-                raise LowbitError("E0254", f"{place}: an added token has id {printable(number)}")
-            if number in seen:
-                raise LowbitError("E0254", f"{place}: two added tokens have id {number}")
-            seen.add(number)
+    numbers = added_numbers(added, place) if isinstance(added, list) else {}
     model = values.get("model")
     if not isinstance(model, dict):
         raise LowbitError("E0254", f"{place}: no tokenizer model in it")
     vocabulary = model.get("vocab")
-    numbers = vocabulary.values() if isinstance(vocabulary, dict) else ()
-    worst = max((n for n in numbers if isinstance(n, int)), default=0)
-    if worst >= MAX_ID or len(numbers) > MAX_ID:
+    words = vocabulary if isinstance(vocabulary, dict) else {}
+    worst = max((n for n in words.values() if isinstance(n, int)), default=-1)
+    if worst >= MAX_ID or len(words) > MAX_ID:
         raise LowbitError("E0254", f"{place}: a token has id {worst}, limit {MAX_ID}")
-    return json.dumps(values)
+    if rows is not None and rows <= max(numbers.values(), default=-1) < rows + MAX_LEFT_OUT:
+        behind = {text for text, number in numbers.items() if number >= rows}
+        kept = {text: number for text, number in words.items() if text not in behind}
+        worst_kept = max((n for n in kept.values() if isinstance(n, int)), default=-1)
+        if worst_kept < rows and not behind & set(needed):
+            assert isinstance(added, list), "numbers are its"
+            tokens = [token for token in added if token["id"] < rows]
+            model = {**model, "vocab": kept if words else vocabulary}
+            text = json.dumps({**values, "added_tokens": tokens, "model": model})
+            return Source(text, place, worst_kept, tuple(sorted(behind)))
+    return Source(json.dumps(values), place, worst)

@@ -35,12 +35,12 @@ def tokenizer_metadata(header: CheckpointHeader, rows: int) -> Json:
     """The ``tokenizer.*`` keys; ``rows``: of the embedding, as many tokens are listed."""
     if header.container == "gguf":
         return {key: value for key, value in header.metadata.items() if key.startswith("tokenizer.")}
-    tokenizer = load_tokenizer(header)
+    tokenizer = load_tokenizer(header, rows=rows)
     whole = read_json(header, "tokenizer.json")
     model = whole.get("model") if whole is not None else None
     if whole is None or not isinstance(model, dict) or model.get("type") != "BPE":
         raise _unsaid(header, "only tokenizer.json with a BPE model can be written")
-    common = _tokens(header, whole, model, rows)
+    common = _tokens(header, whole, model, rows, tokenizer.source.left_out)
     common |= _specials(header, tokenizer, common["tokenizer.ggml.tokens"])
     template = find_template(header)
     if template is not None:
@@ -63,7 +63,7 @@ def _unsaid(header: CheckpointHeader, why: str) -> LowbitError:
     )
 
 
-def _tokens(header: CheckpointHeader, whole: Json, model: Json, rows: int) -> Json:
+def _tokens(header: CheckpointHeader, whole: Json, model: Json, rows: int, left_out: tuple[str, ...]) -> Json:
     vocabulary = model.get("vocab")
     added = whole.get("added_tokens")
     if not isinstance(vocabulary, dict):
@@ -71,12 +71,16 @@ def _tokens(header: CheckpointHeader, whole: Json, model: Json, rows: int) -> Js
     tokens: list[str | None] = [None] * rows
     types = [_UNUSED] * rows
     for token, number in vocabulary.items():
+        if token in left_out:
+            continue
         if not isinstance(number, int) or number >= rows:
             raise _unsaid(header, f"token {number} is beyond the {rows} rows of the embedding")
         is_byte = model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
         tokens[number], types[number] = token, _BYTE if is_byte else _NORMAL
     for entry in added if isinstance(added, list) else []:
         number, token = entry["id"], entry["content"]
+        if token in left_out:
+            continue
         if number >= rows:
             raise _unsaid(header, f"token {number} is beyond the {rows} rows of the embedding")
         tokens[number], types[number] = token, _CONTROL if entry.get("special") else _USER_DEFINED

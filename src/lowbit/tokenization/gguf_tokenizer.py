@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
-from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
+from lowbit.tokenization.fast_tokenizer import FastTokenizer, Source, Specials
 from lowbit.tokenization.pretokenizers import ADDS_BOS, IGNORES_MERGES, pre_tokenizer
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 
 # Tokens that end a turn, by text, as ggml's vocabulary knows them: many files name only one of theirs.
 END_OF_TURN = frozenset(
@@ -40,7 +40,7 @@ _HARMONY = frozenset({"<|return|>", "<|call|>"})
 _KEEP_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})  # of Phi-3's special tokens
 
 
-class _Vocabulary:
+class Vocabulary:
     """The tokenizer keys of the metadata, checked."""
 
     def __init__(self, header: CheckpointHeader) -> None:
@@ -108,8 +108,8 @@ class _Vocabulary:
         strips = self.metadata.get("general.architecture") == "phi3" and self.text("model") == "llama"
         listed = []
         for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            control = kind == _CONTROL or (kind == _UNKNOWN and token in specials)
-            if (control or kind == _USER_DEFINED) and token:
+            control = kind == CONTROL or (kind == UNKNOWN and token in specials)
+            if (control or kind == USER_DEFINED) and token:
                 listed.append(
                     {
                         "id": number,
@@ -129,7 +129,7 @@ class _Vocabulary:
         by_text = {
             token
             for token, kind in zip(self.tokens, self.types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED) and token in END_OF_TURN
+            if kind in (CONTROL, USER_DEFINED) and token in END_OF_TURN
         }
         found = named | by_text
         if found >= _HARMONY:  # gpt-oss ends each message of a turn with it, its thoughts first
@@ -143,7 +143,7 @@ class GgufSource:
 
     text: str
     specials: Specials
-    vocabulary: _Vocabulary
+    vocabulary: Vocabulary
 
     def special(self, name: str) -> str | None:
         """The text of ``bos``, ``eos``, ``unknown`` or ``padding``."""
@@ -158,28 +158,16 @@ class GgufSource:
 def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
     """The tokenizer a GGUF file carries."""
     found = gguf_source(header)
-    return FastTokenizer(found.text, found.specials, found.vocabulary.file)
+    vocabulary = found.vocabulary
+    return FastTokenizer(Source(found.text, vocabulary.file, len(vocabulary.tokens) - 1), found.specials)
 
 
 def gguf_source(header: CheckpointHeader) -> GgufSource:
     """The tokenizer's parts, checked."""
     whole = header.metadata.get("tokenizer.huggingface.json")
-    vocabulary = _Vocabulary(header)
+    vocabulary = Vocabulary(header)
     model = vocabulary.text("model")
-    if isinstance(whole, str):
-        source = whole
-    elif model == "gpt2":
-        source = json.dumps(_byte_level(vocabulary))
-    elif model == "llama":
-        source = json.dumps(_sentencepiece(vocabulary))
-    elif model == "t5":
-        source = json.dumps(_unigram(vocabulary))
-    else:
-        raise LowbitError(
-            "E0254",
-            f"{vocabulary.file}: tokenizer model {printable(model)!r} is not supported (gpt2, llama, t5); "
-            "pass --tokenizer <folder or repo> of the base model",
-        )
+    source = whole if isinstance(whole, str) else json.dumps(gguf_document(vocabulary))
     adds_bos = vocabulary.flag("add_bos_token")
     if adds_bos is None:
         adds_bos = model == "llama" or (model == "gpt2" and vocabulary.pre() in ADDS_BOS)
@@ -193,13 +181,29 @@ def gguf_source(header: CheckpointHeader) -> GgufSource:
     return GgufSource(source, specials, vocabulary)
 
 
-def _document(vocabulary: _Vocabulary, **parts: object) -> dict[str, object]:
+def gguf_document(vocabulary: Vocabulary) -> dict[str, object]:
+    """tokenizer.json's object."""
+    model = vocabulary.text("model")
+    if model == "gpt2":
+        return _byte_level(vocabulary)
+    if model == "llama":
+        return _sentencepiece(vocabulary)
+    if model == "t5":
+        return _unigram(vocabulary)
+    raise LowbitError(
+        "E0254",
+        f"{vocabulary.file}: tokenizer model {printable(model)!r} is not supported (gpt2, llama, t5); "
+        "pass --tokenizer <folder or repo> of the base model",
+    )
+
+
+def _document(vocabulary: Vocabulary, **parts: object) -> dict[str, object]:
     empty = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
     empty |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
     return {**empty, "added_tokens": vocabulary.added_tokens(), **parts}
 
 
-def _byte_level(vocabulary: _Vocabulary) -> dict[str, object]:
+def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
     name = vocabulary.pre()
     return _document(
         vocabulary,
@@ -214,22 +218,21 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, object]:
     )
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
+def _sentencepiece(vocabulary: Vocabulary) -> dict[str, object]:
     """SentencePiece BPE: merges follow from the scores; a higher score merges first."""
     ids, scores = vocabulary.ids, vocabulary.scores()
     merges: list[tuple[float, int, int, str, str]] = []
     for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
-        if kind in (_CONTROL, _UNKNOWN, _BYTE):
+        if kind in (CONTROL, UNKNOWN, BYTE):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
                 merges.append((-score, ids[left], ids[right], left, right))
     merges.sort(key=lambda merge: merge[:3])
-    steps = _underlines(vocabulary)
     return _document(
         vocabulary,
-        normalizer={"type": "Sequence", "normalizers": steps},
+        normalizer=_normalizer(vocabulary),
         decoder=_underline_decoder(strips_space=_prepends(vocabulary)),
         model={
             "type": "BPE",
@@ -242,16 +245,26 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
     )
 
 
-def _prepends(vocabulary: _Vocabulary) -> bool:
+def _prepends(vocabulary: Vocabulary) -> bool:
     """Whether a space is put before the text."""
     return vocabulary.flag("add_space_prefix") is not False
 
 
-def _underlines(vocabulary: _Vocabulary) -> list[dict[str, object]]:
-    """Spaces to underlines, one more in front. Not the library's Metaspace, which leaves out the one in front
-    of a text that begins with a space."""
-    steps: list[dict[str, object]] = [{"type": "Prepend", "prepend": "▁"}] if _prepends(vocabulary) else []
-    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+def _normalizer(vocabulary: Vocabulary) -> dict[str, object]:
+    """SentencePiece's: letters replaced, spaces to underlines, one more in front. Not the library's
+    Metaspace, which leaves out the one in front of a text that begins with a space."""
+    steps: list[dict[str, object]] = []
+    charsmap = vocabulary.metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if isinstance(charsmap, list) and charsmap:
+        packed = base64.b64encode(bytes(byte & 255 for byte in charsmap)).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": packed})
+    if vocabulary.flag("remove_extra_whitespaces"):
+        extra = {"Regex": "^ +| +$| (?= )"}
+        steps.append({"type": "Replace", "pattern": extra, "content": ""})
+    if _prepends(vocabulary):
+        steps.append({"type": "Prepend", "prepend": "▁"})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    return {"type": "Sequence", "normalizers": steps}
 
 
 def _underline_decoder(strips_space: bool) -> dict[str, object]:
@@ -266,24 +279,16 @@ def _underline_decoder(strips_space: bool) -> dict[str, object]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _unigram(vocabulary: _Vocabulary) -> dict[str, object]:
+def _unigram(vocabulary: Vocabulary) -> dict[str, object]:
     unknown = vocabulary.special("unknown")
-    steps: list[dict[str, object]] = []
-    charsmap = vocabulary.metadata.get("tokenizer.ggml.precompiled_charsmap")
-    if isinstance(charsmap, list) and charsmap:
-        packed = base64.b64encode(bytes(byte & 255 for byte in charsmap)).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": packed})
-    if vocabulary.flag("remove_extra_whitespaces"):
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    steps += _underlines(vocabulary)
     return _document(
         vocabulary,
-        normalizer={"type": "Sequence", "normalizers": steps},
+        normalizer=_normalizer(vocabulary),
         decoder=_underline_decoder(strips_space=_prepends(vocabulary)),
         model={
             "type": "Unigram",
             "unk_id": None if unknown is None else vocabulary.ids[unknown],
             "vocab": list(zip(vocabulary.tokens, vocabulary.scores(), strict=True)),
-            "byte_fallback": _BYTE in vocabulary.types,
+            "byte_fallback": BYTE in vocabulary.types,
         },
     )
