@@ -23,6 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowbit.kernels.gpu.language import INTERPRETED, cast
+
 
 @triton.jit
 def _plane(plane, rows, tile, columns, TILE: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -179,6 +181,39 @@ def run_values(  # type: ignore[no-untyped-def]
         values = small_float(codes, KIND)
     if ZERO != "none" and not (KIND == "whole" and ZERO == "exact"):
         values = values - zero[:, None]
+    return values
+
+
+@triton.jit
+def run_halves(  # type: ignore[no-untyped-def]
+    low,
+    zero,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """(rows, TILE) of 16-bit floats, exactly: whole numbers of one plane of 1, 2 or 4 bits, less ``zero``
+    (rows,) where ZERO is "exact".
+
+    A code is the end of the significand of 128 or 1,024, and what they have in common is subtracted: in 16
+    bits, two at a time, 4.5 instructions a weight with the product's own where ``run_values`` has 6.
+    """
+    codes = ((low >> (FIELD * BITS)) & ((1 << BITS) - 1)).to(tl.int16)
+    if tl.bfloat16 == TYPE:
+        codes = codes | 0x4300
+        least = zero * 0.0 + (128.0 + BASE)
+    else:
+        codes = codes | 0x6400
+        least = zero * 0.0 + (1024.0 + BASE)
+    if ZERO == "exact":
+        least += zero
+    raised = codes.to(TYPE, bitcast=True)
+    if INTERPRETED:  # which takes the bits of bfloat16 for whole numbers
+        values = cast(raised.to(tl.float32) - least[:, None], TYPE)
+    else:
+        values = raised - least.to(TYPE)[:, None]
     return values
 
 
