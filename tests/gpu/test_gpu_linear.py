@@ -19,7 +19,7 @@ from contract.test_linear_kernels import WEIGHTS, canonical, dense_weight, float
 from gguf_blocks import random_blocks, tensor_of
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose
-from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu import gpu_kernel, runtime
 from lowbit.kernels.gpu.linear import MOST_SLICE, GpuBlocks, GpuDense, slice_rows
 from lowbit.kernels.gpu.programs import Cut
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -242,10 +242,15 @@ def test_split_columns_are_added_in_order(
     weight = canonical("uint4", 128, zero=True, order=True, shape=(37, 384))
     with runtime.recording() as launches:
         assert product(weight, tokens, device) < 1e-6
-    assert [launch.function for launch in launches][-1] == "add_splits"
+    assert dict(launches[-1].constants)["SPLIT"], "the last program of each tile adds"
     packed = BLOCKS.pack(weight, device)
     x = torch.randn(tokens, 384, device=device).bfloat16()
     assert torch.equal(BLOCKS.linear(x, packed), BLOCKS.linear(x, packed))
+    assert not gpu_kernel._zeros(device).any(), "nothing is left of the counts"
+    wide = torch.full((tokens, 50), 7.0, dtype=torch.bfloat16, device=device)
+    BLOCKS.linear(x, packed, wide[:, 5:42])
+    assert torch.equal(wide[:, 5:42], BLOCKS.linear(x, packed))
+    assert (wide[:, :5] == 7).all() and (wide[:, 42:] == 7).all()
 
 
 def test_float32_is_rounded_in_the_interpreter_alone(device: torch.device) -> None:

@@ -4,10 +4,9 @@
 plain zeros (``auto_round``, ``auto_round:gptqmodel`` …), AWQ's (``auto_round:auto_awq``), those of
 compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8) or FP8's (``auto_round:fp8``: blocks,
 ``auto_round:fp8_static``: a scale a row, one for inputs); before April 2025 the key was ``backend``.
-``extra_config`` gives modules other bits or leaves
-them alone (bits >= 16): an exact name first, then regular expressions. MX and NVFP4 layers and their inputs:
-``auto_round_floats``. Inputs of integer weights stay as they are. Rotated exports, MLX layouts, and NVFP4
-with e5m3 scales are refused.
+``extra_config`` gives modules other bits or leaves them alone (bits >= 16): an exact name first, then regular
+expressions. MX and NVFP4 layers and their inputs: ``auto_round_floats``. Inputs of integer weights stay as
+they are. Rotated exports, MLX layouts, and NVFP4 with e5m3 scales are refused.
 """
 
 from __future__ import annotations

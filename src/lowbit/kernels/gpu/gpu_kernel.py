@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,6 +167,34 @@ def expert_blocks(sorted_: SortedPairs, rows: int, steps: int, device: torch.dev
     places = chosen.programs * multiprocessors(device)
     fits = (height for height in chosen.heights if sorted_.blocks * (rows // height) >= places)
     return chosen, Cut(next(fits, chosen.heights[-1]), 1, steps)
+
+
+class Split(NamedTuple):
+    """Where programs that share a tile of the output leave their sums, float32 (splits, tokens, rows), and
+    count themselves, int32, a zero for each tile; neither where none do."""
+
+    parts: Tensor | None
+    arrived: Tensor | None
+
+    @staticmethod
+    def of(out: Tensor, splits: int, tiles: int) -> Split:
+        """For that many splits of a product into ``out`` (tokens, rows)."""
+        if splits == 1:
+            return Split(None, None)
+        return Split(torch.empty(splits, *out.shape, device=out.device), _counts(out.device, tiles))
+
+
+_MOST_TILES = 1 << 14  # counted in the one tensor that all launches share
+
+
+def _counts(device: torch.device, tiles: int) -> Tensor:
+    return torch.zeros(tiles, dtype=torch.int32, device=device) if tiles > _MOST_TILES else _zeros(device)
+
+
+@cache
+def _zeros(device: torch.device) -> Tensor:
+    """Zeros that every launch leaves as it found them; launches follow one another."""
+    return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
 
 
 def add(parts: Tensor, out: Tensor) -> None:

@@ -27,7 +27,7 @@ all SMs, and ``programs`` cuts both alike.
 Their tiles are 128 or 64 rows high (less, and two warps would decode the same rows), as every block of rows
 reads all of x again from L2: with 16 tokens x is half of what a block of 128 reads, with 64 two thirds.
 Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums
-are added in their order by a second kernel, not by atomics, so that equal calls give equal bits.
+are added in their order by whichever program comes last, not by atomics, so that equal calls give equal bits.
 
 Between 65 and 511 tokens a tile is decoded once for 64 or 128 tokens. From 512 on decoding in every block of
 tokens costs more than writing and reading 2 bytes a weight once. A slice has 32 MiB, which stay in L2 (40 MiB
@@ -50,7 +50,7 @@ from lowbit.kernels.gpu import runtime, tuned_sizes, weight_layout
 from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
     GpuKernel,
-    add,
+    Split,
     checked,
     multiprocessors,
     output,
@@ -247,9 +247,14 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
     sizes, each = _sizes(packed, x, _vector_blocks(layout))
-    parts = out if sizes.splits == 1 else torch.empty(sizes.splits, 1, rows, device=x.device)
     grid = (-(-rows // sizes.height), sizes.splits)
-    of_launch = {"num_warps": sizes.warps, "BN": sizes.height, "STAGES": sizes.stages}
+    split = Split.of(out, sizes.splits, grid[0])
+    of_launch = {
+        "num_warps": sizes.warps,
+        "SPLIT": sizes.splits > 1,
+        "BN": sizes.height,
+        "STAGES": sizes.stages,
+    }
     shape = (rows, columns, layout.runs, each)
     if layout.in_words:
         *planes, _, zeros, scale0, scale1, offset0, offset1 = packed.pointers
@@ -259,14 +264,12 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         run = layout.tile * layout.fields
         of_run = {"TOGETHER": layout.group % run == 0, "WHOLE": columns % run == 0}
         runtime.launch(
-            word_product, grid, x, parts, words, *levels, *shape, **of_run, **constants, **of_launch
+            word_product, grid, x, out, *split, words, *levels, *shape, **of_run, **constants, **of_launch
         )
     else:
         runtime.launch(
-            vector_product, grid, x, parts, *packed.pointers, *shape, **packed.constants, **of_launch
+            vector_product, grid, x, out, *split, *packed.pointers, *shape, **packed.constants, **of_launch
         )
-    if sizes.splits > 1:
-        add(parts, out)
 
 
 def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
@@ -275,29 +278,29 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     layout, (rows, columns), tokens = packed.layout, packed.layout.shape, x.shape[0]
     chosen = _blocks(_FLOAT_BLOCKS if x.dtype is torch.float32 else _BLOCKS, tokens)
     sizes, each = _sizes(packed, x, chosen)
-    parts = out if sizes.splits == 1 else torch.empty(sizes.splits, tokens, rows, device=x.device)
+    tiles = -(-rows // sizes.height) * -(-tokens // chosen.BM)
     runtime.launch(
         tile_product,
-        (-(-rows // sizes.height) * -(-tokens // chosen.BM), sizes.splits),
+        (tiles, sizes.splits),
         x,
-        parts,
+        out,
+        *Split.of(out, sizes.splits, tiles),
         *packed.pointers,
         tokens,
         rows,
         columns,
         x.stride(0),
-        parts.stride(-2),
+        out.stride(0),
         layout.runs,
         each,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
         **packed.constants,
+        SPLIT=sizes.splits > 1,
         BM=chosen.BM,
         BN=sizes.height,
         EXACT=chosen.exact,
     )
-    if sizes.splits > 1:
-        add(parts, out)
 
 
 def _by_slices(x: Tensor, packed: GpuWeight, out: Tensor) -> None:

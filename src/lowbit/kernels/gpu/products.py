@@ -14,10 +14,45 @@ from lowbit.kernels.gpu.language import cast, dot
 from lowbit.kernels.gpu.weight_tiles import load_run, run_halves, run_values, scale_of, weight_tile, zero_of
 
 
+@triton.jit
+def _is_last(arrived):  # type: ignore[no-untyped-def]
+    """Whether the parts of all other splits of a tile are stored; asked by each program behind its own.
+
+    ``arrived``: how many were; 0 again behind the last, for the next launch.
+    """
+    tl.debug_barrier()  # what all threads stored comes before the count
+    splits = tl.num_programs(1)
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+def _store_sums(  # type: ignore[no-untyped-def]
+    sums, out, parts, arrived, row, rows, SPLIT: tl.constexpr
+):
+    """One token's sums of some rows, of all columns or of a split's: then the last of these adds them up in
+    their order, so that equal calls give equal bits."""
+    present = row < rows
+    if SPLIT:
+        tl.store(parts + (tl.program_id(1) * rows + row), sums, mask=present)
+        if _is_last(arrived + tl.program_id(0)):
+            total = sums * 0.0
+            for split in range(tl.num_programs(1)):
+                at = parts + (split * rows + row)
+                total += tl.load(at, mask=present, other=0.0, cache_modifier=".cg")
+            tl.store(out + row, cast(total, out.dtype.element_ty), mask=present)
+    else:
+        tl.store(out + row, cast(sums, out.dtype.element_ty), mask=present)
+
+
 @triton.jit(do_not_specialize=["runs_each"])
 def vector_product(  # type: ignore[no-untyped-def]
     x,
     out,
+    parts,
+    arrived,
     plane4,
     plane2,
     plane1,
@@ -47,12 +82,14 @@ def vector_product(  # type: ignore[no-untyped-def]
     ROWS1: tl.constexpr,
     COLUMNS1: tl.constexpr,
     SCALE1: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One token: x (columns,) times BN rows of the weight over ``runs_each`` runs. out: (splits, rows).
+    """One token: x (columns,) times BN rows of the weight over ``runs_each`` runs. out: (rows,).
 
     Products and sums are float32, on CUDA cores; the sum over a tile's columns is made once, at the end.
+    SPLIT: ``parts`` is float32 (splits, rows), ``arrived`` a zero for each block of rows.
     Grid: (blocks of BN rows, splits).
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -71,14 +108,15 @@ def vector_product(  # type: ignore[no-untyped-def]
                 ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
             )  # fmt: skip
             total += weights * seen[None, :]
-    sums = cast(tl.sum(total, 1), out.dtype.element_ty)
-    tl.store(out + (tl.program_id(1) * rows + row), sums, mask=row < rows)
+    _store_sums(tl.sum(total, 1), out, parts, arrived, row, rows, SPLIT)
 
 
 @triton.jit(do_not_specialize=["runs_each"])
 def word_product(  # type: ignore[no-untyped-def]
     x,
     out,
+    parts,
+    arrived,
     words,
     zeros,
     scale0,
@@ -105,6 +143,7 @@ def word_product(  # type: ignore[no-untyped-def]
     SCALE1: tl.constexpr,
     TOGETHER: tl.constexpr,
     WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -168,14 +207,15 @@ def word_product(  # type: ignore[no-untyped-def]
                             ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
                         )  # fmt: skip
                     total += least[:, None] * seen[None, :]
-    sums = cast(tl.sum(total, 1), out.dtype.element_ty)
-    tl.store(out + (tl.program_id(1) * rows + row), sums, mask=row < rows)
+    _store_sums(tl.sum(total, 1), out, parts, arrived, row, rows, SPLIT)
 
 
 @triton.jit(do_not_specialize=["tokens", "runs_each"])
 def tile_product(  # type: ignore[no-untyped-def]
     x,
     out,
+    parts,
+    arrived,
     plane4,
     plane2,
     plane1,
@@ -208,15 +248,17 @@ def tile_product(  # type: ignore[no-untyped-def]
     ROWS1: tl.constexpr,
     COLUMNS1: tl.constexpr,
     SCALE1: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """BM tokens times BN rows over ``runs_each`` runs, on tensor cores. out: (splits, tokens, rows).
+    """BM tokens times BN rows over ``runs_each`` runs, on tensor cores. out: (tokens, rows).
 
     EXACT: values less zero points are multiplied, which x's type holds, and scales meet each tile's float32
     sums; offsets meet the sums of x, which a product with ones gives every row of the accumulator. Else
-    tiles are dequantized and rounded to x's type.
+    tiles are dequantized and rounded to x's type. SPLIT: ``parts`` is float32 (splits, tokens, rows),
+    ``arrived`` a zero for each tile of the output.
 
     Grid: (blocks of tokens * blocks of rows, splits): programs that share weights follow each other, so that
     they are read from memory once, and x (some hundred rows at most) stays in the L2 cache.
@@ -273,9 +315,20 @@ def tile_product(  # type: ignore[no-untyped-def]
                     ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
                 )  # fmt: skip
                 total = dot(cast(weights, x.dtype.element_ty), seen, total)
-    at = (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * out_stride + row[None, :]
+    at = token.to(tl.int64)[:, None] * out_stride + row[None, :]
     kept = (token < tokens)[:, None] & (row < rows)[None, :]
-    tl.store(out + at, cast(tl.trans(total), out.dtype.element_ty), mask=kept)
+    sums = tl.trans(total)
+    if SPLIT:
+        apart = token.to(tl.int64)[:, None] * rows + row[None, :]
+        whole = tokens.to(tl.int64) * rows
+        tl.store(parts + (apart + tl.program_id(1) * whole), sums, mask=kept)
+        if _is_last(arrived + tl.program_id(0)):
+            sums = sums * 0.0
+            for split in range(tl.num_programs(1)):
+                sums += tl.load(parts + (apart + split * whole), mask=kept, other=0.0, cache_modifier=".cg")
+            tl.store(out + at, cast(sums, out.dtype.element_ty), mask=kept)
+    else:
+        tl.store(out + at, cast(sums, out.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
