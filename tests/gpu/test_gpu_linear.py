@@ -158,6 +158,8 @@ def test_any_number_of_tokens(name: str, tokens: int, device: torch.device) -> N
 
 KINDS = {
     "uint4 zero": lambda: canonical("uint4", 64, zero=True, shape=(37, 128)),
+    "uint2 zero": lambda: canonical("uint2", 64, zero=True, shape=(37, 256)),
+    "int4": lambda: canonical("int4", 32, shape=(37, 128)),
     "uint3 float zero": lambda: float_zero("uint3", 32, "f16"),
     "nf4": lambda: canonical("nf4", 64, "f32", shape=(37, 128)),
     "e4m3 blocks": lambda: canonical("e4m3", 64, "f32", block_rows=16, shape=(48, 128)),
@@ -174,7 +176,7 @@ def test_more_tokens(name: str, tokens: int, device: torch.device) -> None:
 @pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3, 65])
-@pytest.mark.parametrize("name", ["uint3 float zero", "nf4"])
+@pytest.mark.parametrize("name", ["uint3 float zero", "nf4", "uint4 zero", "q4_k", "uint2 zero", "int4"])
 def test_other_types_of_x(name: str, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     assert product(KINDS[name](), tokens, device, dtype) < 1e-6
 

@@ -27,7 +27,7 @@ from lowbit.kernels.gpu.elementwise import activate
 from lowbit.kernels.gpu.expert_rows import SortedPairs
 from lowbit.kernels.gpu.language import cast, dot
 from lowbit.kernels.gpu.weight_layout import Layout, arguments
-from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, zero_of
+from lowbit.kernels.gpu.weight_tiles import load_run, run_operands, run_values, scale_of, zero_of
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,15 @@ def _packed(  # type: ignore[no-untyped-def]
                 else:
                     seen = tl.load(x + source[None, :], mask=(column < columns)[None, :], other=0.0)
                 zero = zero_of(zeros, n, inside, columns, ZERO, FLAT, ROWS0, COLUMNS0)
-                values = run_values(
-                    low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN
-                )
-                w = cast(values, DTYPE)
+                if SPLIT and tl.float32 != DTYPE:
+                    values = run_values(
+                        low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN
+                    )
+                    w = cast(values, DTYPE)
+                else:
+                    w = run_operands(
+                        low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN, DTYPE
+                    )
                 if EVERY == "tile":
                     part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 part = dot(w, tl.trans(seen), part)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lowbit.kernels.gpu.language import cast, dot
-from lowbit.kernels.gpu.weight_tiles import load_run, run_halves, run_values, scale_of, weight_tile, zero_of
+from lowbit.kernels.gpu.weight_tiles import load_run, run_operands, scale_of, weight_tile, zero_of
 
 
 @triton.jit
@@ -284,13 +284,10 @@ def tile_product(  # type: ignore[no-untyped-def]
             if EXACT:
                 column = tl.minimum((run * FIELDS + field) * TILE, columns - 1)
                 zero = zero_of(zeros, inside, column, columns, ZERO, FLAT, ROWS0, COLUMNS0)
-                if KIND == "whole" and BITS == 8 // FIELDS and BITS <= 4:
-                    values = run_halves(low, zero, field, BITS, BASE, TAKEN, x.dtype.element_ty)
-                else:
-                    values = run_values(
-                        low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN
-                    )
-                    values = cast(values, x.dtype.element_ty)
+                values = run_operands(
+                    low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN,
+                    x.dtype.element_ty,
+                )  # fmt: skip
                 scale = scale_of(
                     scale0, scale1, inside, column, columns, FLAT, LEVELS,
                     ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,

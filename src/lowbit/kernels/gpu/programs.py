@@ -8,8 +8,8 @@ What a cut costs is estimated in bytes that one multiprocessor (SM) reads at its
     reading     its bytes, times how much fewer its programs have under way than latency times bandwidth asks
                 for
     start       a latency for each round of programs: the first loads of one have nothing to hide behind
-    joining     where columns are split: a second kernel, and each split's float32 sums written and read,
-                which stay in the L2 cache (twice the rate)
+    joining     where columns are split: a latency for whoever adds (the last program, or a second kernel),
+                and each split's float32 sums written and read, which stay in the L2 cache (twice the rate)
 
 The longer of the first two counts, a quarter of the other, and the rest. The cheapest of all heights and
 splits is taken; it follows from shapes and the number of SMs alone. A microsecond of latency is 25 KiB of an

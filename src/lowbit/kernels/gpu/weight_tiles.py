@@ -185,22 +185,10 @@ def run_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def run_halves(  # type: ignore[no-untyped-def]
-    low,
-    zero,
-    FIELD: tl.constexpr,
-    BITS: tl.constexpr,
-    BASE: tl.constexpr,
-    ZERO: tl.constexpr,
-    TYPE: tl.constexpr,
+def _whole_halves(  # type: ignore[no-untyped-def]
+    codes, zero, BASE: tl.constexpr, ZERO: tl.constexpr, TYPE: tl.constexpr
 ):
-    """(rows, TILE) of 16-bit floats, exactly: whole numbers of one plane of 1, 2 or 4 bits, less ``zero``
-    (rows,) where ZERO is "exact".
-
-    A code is the end of the significand of 128 or 1,024, and what they have in common is subtracted: in 16
-    bits, two at a time, 4.5 instructions a weight with the product's own where ``run_values`` has 6.
-    """
-    codes = ((low >> (FIELD * BITS)) & ((1 << BITS) - 1)).to(tl.int16)
+    """A code is the end of the significand of 128 or 1,024, and what they have in common is subtracted."""
     if tl.bfloat16 == TYPE:
         codes = codes | 0x4300
         least = zero * 0.0 + (128.0 + BASE)
@@ -209,12 +197,38 @@ def run_halves(  # type: ignore[no-untyped-def]
         least = zero * 0.0 + (1024.0 + BASE)
     if ZERO == "exact":
         least += zero
-    raised = codes.to(TYPE, bitcast=True)
-    if INTERPRETED:  # which takes the bits of bfloat16 for whole numbers
-        values = cast(raised.to(tl.float32) - least[:, None], TYPE)
+    return codes.to(TYPE, bitcast=True) - least.to(TYPE)[:, None]
+
+
+@triton.jit
+def run_operands(  # type: ignore[no-untyped-def]
+    low,
+    middle,
+    high,
+    table,
+    zero,
+    run,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """``run_values`` rounded to TYPE, which is exact but for tables.
+
+    Whole numbers of one plane of 1, 2 or 4 bits become 16-bit floats by arithmetic in 16 bits, two at a time:
+    4.5 instructions a weight with those of the product itself, where 6 are needed by way of float32.
+    """
+    PLAIN: tl.constexpr = INTERPRETED and tl.bfloat16 == TYPE  # whose bits it takes for whole numbers
+    if PLAIN or tl.float32 == TYPE or BITS * FIELDS != 8 or BITS == 8 or KIND != "whole":
+        values = run_values(low, middle, high, table, zero, run, FIELD, BITS, FIELDS, KIND, BASE, ZERO)
+        operands = cast(values, TYPE)
     else:
-        values = raised - least.to(TYPE)[:, None]
-    return values
+        codes = ((low >> (FIELD * BITS)) & ((1 << BITS) - 1)).to(tl.int16)
+        operands = _whole_halves(codes, zero, BASE, ZERO, TYPE)
+    return operands
 
 
 @triton.jit
