@@ -14,8 +14,8 @@ masks) and are int64, as what they address may exceed 2^31 bytes.
 
 A whole number costs three instructions: its byte's shift, one that masks it and puts it into the significand
 of 2^23, and a subtraction, which takes off the zero point as well. Converting integers would be done at a
-quarter of that rate. A float of 4 or 6 bits costs five; looked up in a table it would be a load from shared
-memory a weight, and two barriers a tile.
+quarter of that rate. A float of 4 bits costs four, of 6 bits six; looked up in a table it would be a load
+from shared memory a weight, and two barriers a tile.
 """
 
 from __future__ import annotations
@@ -115,16 +115,13 @@ def run_codes(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def small_float(byte, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32: what 8, 6 or 4 bits (int32) are worth, in arithmetic that every GPU has.
+    """float32: what 8 or 6 bits (int32) are worth, in arithmetic that every GPU has.
 
     Exponent and significand go where float32 has them; its other bias is a factor. Codes that are no number
     become NaN.
     """
     sign = (byte & 128) << 24
-    if KIND == "e2m1":
-        bits = ((byte & 8) << 28) | ((byte & 7) << 22)
-        value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-    elif KIND == "e2m3":
+    if KIND == "e2m3":
         bits = ((byte & 32) << 26) | ((byte & 31) << 20)
         value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
     elif KIND == "e3m2":
@@ -166,19 +163,23 @@ def run_values(  # type: ignore[no-untyped-def]
 
     "exact" zero points leave whole numbers that bfloat16 holds.
     """
-    codes = run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND)
-    if KIND == "whole":
+    if KIND == "e2m1":  # the sign stays, and what lies below goes to where float32 has it
+        lifted = (low.to(tl.int32) << (28 - FIELD * 4)) >> 6
+        values = (lifted & -0x7E400000).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+    elif KIND == "whole":
+        codes = run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND)
         shifted = (codes | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + code
         if ZERO == "exact":
             values = shifted - (zero + (8388608.0 + BASE))[:, None]
         else:
             values = shifted - (8388608.0 + BASE)
     elif KIND == "table":
+        codes = run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND)
         entries = tl.load(table + tl.arange(0, 1 << BITS))
         flat = tl.reshape(codes, (codes.shape[0] * codes.shape[1],))
         values = tl.reshape(tl.gather(entries, flat, 0), codes.shape)
     else:
-        values = small_float(codes, KIND)
+        values = small_float(run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND), KIND)
     if ZERO != "none" and not (KIND == "whole" and ZERO == "exact"):
         values = values - zero[:, None]
     return values
