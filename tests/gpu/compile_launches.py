@@ -45,6 +45,8 @@ def compiled(launch: dict, architecture: int) -> dict:
     shared = kernel.metadata.shared
     if shared > MOST_SHARED[architecture]:
         raise ValueError(f"{shared} bytes of shared memory, {MOST_SHARED[architecture]} are there")
+    if re.search(r"\b(fma|mul|add|sub)\.(rn\.)?ftz\b", kernel.asm["ptx"]):
+        raise ValueError("subnormal numbers become zero, and codes are read as such")
     return {"shared": shared, **_used(kernel.asm["cubin"], kernel.asm["ptx"], architecture)}
 
 

@@ -152,6 +152,7 @@ def word_product(  # type: ignore[no-untyped-def]
     A code is masked where it stands in its word, and the word's bits are taken for a float32: below 2^24
     these are as many times 2^-149, exactly, subnormal or not. So a weight costs a mask and a multiplication;
     what a place in the word is worth is in x, and scales, zero points and offsets meet the sums of a group.
+    GPUs multiply subnormal numbers at full rate, and Triton does not ask for zeros instead.
     (Bytes made integers, integers made floats, and each met by its scale were 7.6 instructions a weight.)
 
     ``TOGETHER``: all columns of a run lie in one group. ``WHOLE``: rows end with a run.
