@@ -18,7 +18,7 @@ from torch import Tensor
 from contract.test_linear_kernels import WEIGHTS, canonical, dense_weight, float_zero, normal_form
 from gguf_blocks import random_blocks, tensor_of
 from lowbit.errors import LowbitError
-from lowbit.kernels import choose
+from lowbit.kernels import choose, parallel
 from lowbit.kernels.gpu import gpu_kernel, runtime
 from lowbit.kernels.gpu.linear import MOST_SLICE, GpuBlocks, GpuDense, slice_rows
 from lowbit.kernels.gpu.programs import Cut
@@ -253,6 +253,17 @@ def test_split_columns_are_added_in_order(
     BLOCKS.linear(x, packed, wide[:, 5:42])
     assert torch.equal(wide[:, 5:42], BLOCKS.linear(x, packed))
     assert (wide[:, :5] == 7).all() and (wide[:, 42:] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 700), (4, 513), (2, 1, 3, 5)])
+def test_ranks_parts_are_added_in_their_order(shape: tuple[int, ...], device: torch.device) -> None:
+    parts = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 1e3
+    wanted = parts[0].clone()
+    for part in parts[1:]:
+        wanted += part
+    with runtime.recording() as launches:
+        found = parallel._added(parts.to(device))
+    assert torch.equal(found.cpu(), wanted) and [one.function for one in launches] == ["add_splits"]
 
 
 def test_float32_is_rounded_in_the_interpreter_alone(device: torch.device) -> None:
