@@ -255,6 +255,21 @@ def test_split_columns_are_added_in_order(
     assert (wide[:, :5] == 7).all() and (wide[:, 42:] == 7).all()
 
 
+def test_an_infinite_part_of_split_columns_is_infinite(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is that of the program which adds."""
+    packed = BLOCKS.pack(canonical("uint4", 128, zero=True, shape=(37, 384)), device)
+    x = torch.zeros(2, 384)
+    x[1, 383] = 3e38
+    found = []
+    for splits in (1, 3):
+        monkeypatch.setattr("lowbit.kernels.gpu.linear.cut", lambda *_, n=splits: Cut(64, n, 3 // n))
+        found.append(BLOCKS.linear(x.bfloat16().to(device), packed, torch.empty(2, 37, device=device)))
+    assert found[0].isinf().any()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(3, 2, 700), (4, 513), (2, 1, 3, 5)])
 def test_ranks_parts_are_added_in_their_order(shape: tuple[int, ...], device: torch.device) -> None:
     parts = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 1e3

@@ -38,7 +38,7 @@ def _store_sums(  # type: ignore[no-untyped-def]
     if SPLIT:
         tl.store(parts + (tl.program_id(1) * rows + row), sums, mask=present)
         if _is_last(arrived + tl.program_id(0)):
-            total = sums * 0.0
+            total = tl.zeros_like(sums)
             for split in range(tl.num_programs(1)):
                 at = parts + (split * rows + row)
                 total += tl.load(at, mask=present, other=0.0, cache_modifier=".cg")
@@ -152,7 +152,8 @@ def word_product(  # type: ignore[no-untyped-def]
     A code is masked where it stands in its word, and the word's bits are taken for a float32: below 2^24
     these are as many times 2^-149, exactly, subnormal or not. So a weight costs a mask and a multiplication;
     what a place in the word is worth is in x, and scales, zero points and offsets meet the sums of a group.
-    GPUs multiply subnormal numbers at full rate, and Triton does not ask for zeros instead.
+    GPUs multiply subnormal numbers at full rate, and Triton does not ask for zeros instead. Room for units is
+    taken from x and scales: |x| from 2^63 on and scales from 2^43 on are infinite, which no model's are.
     (Bytes made integers, integers made floats, and each met by its scale were 7.6 instructions a weight.)
 
     ``TOGETHER``: all columns of a run lie in one group. ``WHOLE``: rows end with a run.
@@ -321,7 +322,7 @@ def tile_product(  # type: ignore[no-untyped-def]
         whole = tokens.to(tl.int64) * rows
         tl.store(parts + (apart + tl.program_id(1) * whole), sums, mask=kept)
         if _is_last(arrived + tl.program_id(0)):
-            sums = sums * 0.0
+            sums = tl.zeros_like(sums)
             for split in range(tl.num_programs(1)):
                 sums += tl.load(parts + (apart + split * whole), mask=kept, other=0.0, cache_modifier=".cg")
             tl.store(out + at, cast(sums, out.dtype.element_ty), mask=kept)
