@@ -203,19 +203,43 @@ def test_slices_of_rows_join(device: torch.device, monkeypatch: pytest.MonkeyPat
     assert product(canonical("int4", 16, shape=(300, 32)), 512, device, torch.float32) < 1e-6
 
 
-@pytest.mark.parametrize(("codes", "group"), [("uint4", 128), ("uint2", 64), ("int8", 0)])
+IN_WORDS = [
+    ("uint4", 128),
+    ("uint2", 64),
+    ("int8", 0),
+    ("uint3", 64),
+    ("uint5", 32),
+    ("int6", 16),
+    ("int7", 32),
+]
+IN_WORDS += [("e2m1", 32), ("e4m3", 0)]
+
+
+@pytest.mark.parametrize(("codes", "group"), IN_WORDS)
 @pytest.mark.parametrize("power", [-30, 50])
 def test_one_tokens_numbers_may_be_small_or_large(
     codes: str, group: int, power: int, device: torch.device
 ) -> None:
     """Codes are read as subnormal numbers: x and scales take their units off, and lose nothing."""
-    weight = canonical(codes, group, zero=codes != "int8", shape=(37, 384))
+    weight = canonical(codes, group, zero=codes.startswith("uint"), shape=(37, 384))
     packed = BLOCKS.pack(weight, device)
     x = torch.randint(-100, 100, (1, weight.shape[1]), generator=torch.Generator().manual_seed(2)).bfloat16()
     with runtime.recording() as launches:
         found = BLOCKS.linear((x * 2.0**power).to(device), packed)
     assert launches[0].function == "word_product"
     assert torch.equal(found, BLOCKS.linear(x.to(device), packed) * 2.0**power) and found.any()
+
+
+@pytest.mark.parametrize("code", [127, 255])
+def test_one_token_meets_a_code_that_is_no_number(code: int, device: torch.device) -> None:
+    weight = canonical("e4m3", 0, shape=(37, 384))
+    weight.codes[5, 203] = code
+    with runtime.recording() as launches:
+        found = BLOCKS.linear(
+            torch.ones(1, 384, dtype=torch.bfloat16, device=device), BLOCKS.pack(weight, device)
+        )
+    assert launches[0].function == "word_product"
+    assert found[0, 5].isnan() and int(found.isnan().sum()) == 1
 
 
 @pytest.mark.parametrize(

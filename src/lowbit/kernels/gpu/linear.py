@@ -3,7 +3,7 @@
 gpu_blocks takes codes of 1 to 8 bits in the layout of ``weight_layout``, all formats but those that file
 refuses, and x of any float type, with float32 sums:
 
-    1 token        ``word_product`` of whole numbers in one plane, ``vector_product`` of others: CUDA cores,
+    1 token        ``word_product`` of whole numbers, e2m1 and e4m3, ``vector_product`` of others: CUDA cores,
                    float32 products, weights never rounded
     2 to 64        ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
                    holds; scales meet the float32 sums of their columns. Tables (nf4) are rounded
@@ -258,14 +258,12 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     shape = (rows, columns, layout.runs, each)
     if layout.in_words:
         *planes, _, zeros, scale0, scale1, offset0, offset1 = packed.pointers
-        words = next(plane for plane in planes if plane is not None).view(torch.int32)
-        constants = {name: value for name, value in packed.constants.items() if name != "KIND"}
+        words = [None if plane is None else plane.view(torch.int32) for plane in planes]
         levels = (zeros, scale0, scale1, offset0, offset1)
         run = layout.tile * layout.fields
         of_run = {"TOGETHER": layout.group % run == 0, "WHOLE": columns % run == 0}
-        runtime.launch(
-            word_product, grid, x, out, *split, words, *levels, *shape, **of_run, **constants, **of_launch
-        )
+        pointers = (x, out, *split, *words, *levels)
+        runtime.launch(word_product, grid, *pointers, *shape, **of_run, **packed.constants, **of_launch)
     else:
         runtime.launch(
             vector_product, grid, x, out, *split, *packed.pointers, *shape, **packed.constants, **of_launch

@@ -111,13 +111,72 @@ def vector_product(  # type: ignore[no-untyped-def]
     _store_sums(tl.sum(total, 1), out, parts, arrived, row, rows, SPLIT)
 
 
+@triton.jit
+def _plane_words(  # type: ignore[no-untyped-def]
+    plane, rows, run, columns, TILE: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """int32 (rows, TILE / 4): a run's codes in a plane, those of its first tile in the low bits of each byte."""
+    WIDE: tl.constexpr = TILE // 4
+    PARTS: tl.constexpr = 8 // WIDTH
+    at = run * FIELDS // PARTS * WIDE + tl.arange(0, WIDE)
+    held = tl.load(plane + (rows[:, None] * (tl.cdiv(columns, TILE * PARTS) * WIDE) + at[None, :]))
+    if PARTS != FIELDS:
+        held = held >> (run * FIELDS % PARTS * WIDTH)
+    return held
+
+
+@triton.jit
+def _moved(  # type: ignore[no-untyped-def]
+    held, DOWN: tl.constexpr, UP: tl.constexpr, PLACE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """WIDTH bits of a plane's words, at the place where they stand when these are moved."""
+    if DOWN > UP:
+        held = held >> (DOWN - UP)
+    elif UP > DOWN:
+        held = held << (UP - DOWN)
+    return held & (((1 << WIDTH) - 1) << PLACE)
+
+
+@triton.jit
+def _masked(  # type: ignore[no-untyped-def]
+    low, middle, high, PLACE: tl.constexpr, FIELD: tl.constexpr, DOWN: tl.constexpr, BITS: tl.constexpr
+):
+    """float32: a tile's whole numbers times 2^(PLACE - 149); other planes' bits come above the first one's."""
+    WIDTH: tl.constexpr = BITS if BITS == 8 else (4 if BITS >= 4 else (2 if BITS >= 2 else 1))
+    bits = _moved(low, DOWN, 0, PLACE, WIDTH)
+    if BITS == 6 or BITS == 7:
+        bits |= _moved(middle, DOWN, FIELD * 2 + 4, PLACE + 4, 2)
+    elif BITS == 5:
+        bits |= _moved(middle, DOWN, FIELD * 3 + 4, PLACE + 4, 1)
+    elif BITS == 3:
+        bits |= _moved(middle, DOWN, FIELD + 2, PLACE + 2, 1)
+    if BITS == 7:
+        bits |= _moved(high, DOWN, FIELD * 3 + 6, PLACE + 6, 1)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _lifted(held, PLACE: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32: floats of a few bits that stand at a place, sign, exponent and significand where float32 has
+    them, which is 2^-126 (e2m1) or 2^-120 (e4m3) times their worth."""
+    if KIND == "e2m1":  # copies of the sign lie between it and the rest
+        bits = ((held << (28 - PLACE)) >> 6) & -0x7E400000
+    else:
+        tl.static_assert(KIND == "e4m3")
+        bits = ((held << (24 - PLACE)) >> 4) & -0x78100000
+    return bits.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["runs_each"])
 def word_product(  # type: ignore[no-untyped-def]
     x,
     out,
     parts,
     arrived,
-    words,
+    plane4,
+    plane2,
+    plane1,
+    codes,
     zeros,
     scale0,
     scale1,
@@ -130,6 +189,7 @@ def word_product(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     TILE: tl.constexpr,
     FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
     BASE: tl.constexpr,
     ZERO: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -147,50 +207,75 @@ def word_product(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``vector_product`` of whole numbers in one plane, which is read as ``words`` of four bytes.
+    """``vector_product`` of whole numbers, e2m1 and e4m3, whose bytes are read as words of four.
 
-    A code is masked where it stands in its word, and the word's bits are taken for a float32: below 2^24
-    these are as many times 2^-149, exactly, subnormal or not. So a weight costs a mask and a multiplication;
-    what a place in the word is worth is in x, and scales, zero points and offsets meet the sums of a group.
-    GPUs multiply subnormal numbers at full rate, and Triton does not ask for zeros instead. Room for units is
-    taken from x and scales: |x| from 2^63 on and scales from 2^43 on are infinite, which no model's are.
-    (Bytes made integers, integers made floats, and each met by its scale were 7.6 instructions a weight.)
+    A whole number is masked where it stands in its word, its bits of other planes beside them, and these are
+    taken for a float32: below 2^24 they are as many times 2^-149, exactly, subnormal or not. So a weight costs a
+    mask a plane and a multiplication; what a place in the word is worth is in x, and scales, zero points and
+    offsets meet the sums of a group. GPUs multiply subnormal numbers at full rate, and Triton does not ask for
+    zeros instead. Room for units is taken from x and scales: |x| from 2^63 on and whole numbers' scales from
+    2^43 on are infinite, which no model's are. (Bytes made integers, integers made floats, and each met by its scale were
+    7.6 instructions a weight, and twice as many where bits came from two planes.) Small floats are ``_lifted``.
 
     ``TOGETHER``: all columns of a run lie in one group. ``WHOLE``: rows end with a run.
     """
     WIDE: tl.constexpr = TILE // 4
-    MASK: tl.constexpr = (1 << BITS) - 1
+    WIDTH: tl.constexpr = 8 // FIELDS
+    RAISE: tl.constexpr = 18446744073709551616.0  # 2^64
+    UNIT: tl.constexpr = 2.0**85 if KIND == "whole" else (2.0**62 if KIND == "e2m1" else 2.0**56)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = tl.minimum(row, rows - 1).to(tl.int64)
     word = tl.arange(0, WIDE)
-    stride = columns // 4 if BITS == 8 else tl.cdiv(columns, TILE * FIELDS) * WIDE
     first = tl.program_id(1) * runs_each
     last = tl.minimum(first + runs_each, runs)
     total = tl.zeros((BN, WIDE), tl.float32)
     part = tl.zeros((BN, WIDE), tl.float32)
     seen = tl.zeros((WIDE,), tl.float32)
+    special = tl.zeros((BN, WIDE), tl.int32)
     for run in tl.range(first, last, num_stages=STAGES):
-        at = words + (inside[:, None] * stride + (run * WIDE + word)[None, :])
-        if BITS < 8 or WHOLE:
-            held = tl.load(at)
-        else:
-            held = tl.load(at, mask=((run * WIDE + word) * 4 < columns)[None, :], other=0)
         if BITS == 8:
-            held = held ^ -2139062144  # 128 in each byte
+            at = run * WIDE + word
+            if WHOLE:
+                low = tl.load(codes + (inside[:, None] * (columns // 4) + at[None, :]))
+            else:
+                mask = (at * 4 < columns)[None, :]
+                low = tl.load(codes + (inside[:, None] * (columns // 4) + at[None, :]), mask=mask, other=0)
+            if KIND == "whole":
+                low = low ^ -2139062144  # 128 in each byte
+            else:  # the upper bit of a byte becomes 1 where the rest of it is 127, which is no number
+                special |= (low & 0x7F7F7F7F) + 0x01010101
+        elif BITS >= 4:
+            low = _plane_words(plane4, inside, run, columns, TILE, FIELDS, 4)
+        elif BITS >= 2:
+            low = _plane_words(plane2, inside, run, columns, TILE, FIELDS, 2)
+        else:
+            low = _plane_words(plane1, inside, run, columns, TILE, FIELDS, 1)
+        middle = low
+        high = low
+        if BITS == 6 or BITS == 7:
+            middle = _plane_words(plane2, inside, run, columns, TILE, FIELDS, 2)
+        elif BITS == 3 or BITS == 5:
+            middle = _plane_words(plane1, inside, run, columns, TILE, FIELDS, 1)
+        if BITS == 7:
+            high = _plane_words(plane1, inside, run, columns, TILE, FIELDS, 1)
         for field in tl.static_range(FIELDS):
             if field == 0 or not TOGETHER:
                 part = tl.zeros((BN, WIDE), tl.float32)
                 seen = tl.zeros((WIDE,), tl.float32)
             for byte in tl.static_range(4):
-                shift = (byte if byte < 3 else 2) * 8 + field * BITS
                 column = (run * FIELDS + field) * TILE + word * 4 + byte
                 if WHOLE:
                     number = tl.load(x + column).to(tl.float32)
                 else:
                     number = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-                bits = (held if byte < 3 else held >> 8) & (MASK << shift)
-                raised = number * (18446744073709551616.0 / (1 << shift))  # 2^64
-                part += bits.to(tl.float32, bitcast=True) * raised[None, :]
+                if KIND == "whole":
+                    # What is masked has 24 bits at most: one byte is moved, or two where codes grow upwards.
+                    down = (0, 0, 0, 8)[byte] if BITS * FIELDS == 8 else byte // 2 * 16
+                    place = byte * 8 - down + field * WIDTH
+                    values = _masked(low, middle, high, place, field, down, BITS)
+                    part += values * (number * (RAISE / (1 << place)))[None, :]
+                else:
+                    part += _lifted(low, byte * 8 + field * WIDTH, KIND) * (number * RAISE)[None, :]
                 seen += number
             if field == FIELDS - 1 or not TOGETHER:
                 begins = (run * FIELDS + (0 if TOGETHER else field)) * TILE
@@ -199,7 +284,10 @@ def word_product(  # type: ignore[no-untyped-def]
                     scale0, scale1, inside, begins, columns, FLAT, LEVELS,
                     ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
                 )  # fmt: skip
-                total += part * (scale * 3.8685626227668134e25)[:, None]  # 2^(149 - 64)
+                if KIND == "whole":
+                    total += part * (scale * UNIT)[:, None]
+                else:  # e8m0's scales need all of float32's exponents
+                    total += (part * UNIT) * scale[:, None]
                 if BASE != 0 or ZERO != "none" or OFFSET:
                     zero = zero_of(zeros, inside, begins, columns, ZERO, FLAT, ROWS0, COLUMNS0)
                     least = -(zero + BASE) * scale
@@ -209,6 +297,8 @@ def word_product(  # type: ignore[no-untyped-def]
                             ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
                         )  # fmt: skip
                     total += least[:, None] * seen[None, :]
+    if KIND == "e4m3":
+        total = tl.where((special & -2139062144) != 0, float("nan"), total)
     _store_sums(tl.sum(total, 1), out, parts, arrived, row, rows, SPLIT)
 
 

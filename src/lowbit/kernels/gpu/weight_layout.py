@@ -105,10 +105,8 @@ class Layout:
 
     @property
     def in_words(self) -> bool:
-        """Whether codes are whole numbers of one plane whose rows are words of four bytes."""
-        return (
-            self.kind == "whole" and len(WIDTHS[self.bits]) == 1 and (self.bits < 8 or self.shape[1] % 4 == 0)
-        )
+        """Whether codes are whole numbers, e2m1 or e4m3, and rows words of four bytes."""
+        return self.kind in ("whole", "e2m1", "e4m3") and (self.bits < 8 or self.shape[1] % 4 == 0)
 
     @property
     def group(self) -> int:
