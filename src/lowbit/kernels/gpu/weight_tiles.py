@@ -88,10 +88,18 @@ def _bits(held, run, FIELD: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def run_codes(  # type: ignore[no-untyped-def]
-    low, middle, high, run, FIELD: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr
+    low,
+    middle,
+    high,
+    run,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    TYPE: tl.constexpr = tl.int32,
 ):
-    """int32 (rows, TILE): the canonical codes of one tile of a run."""
-    held = low.to(tl.int32)
+    """TYPE (rows, TILE): the canonical codes of one tile of a run."""
+    held = low.to(TYPE)
     if BITS == 8:
         codes = held
         if KIND == "whole":
@@ -99,15 +107,15 @@ def run_codes(  # type: ignore[no-untyped-def]
     elif BITS >= 4:
         codes = _bits(held, run, FIELD, FIELDS, 4)
         if BITS >= 6:
-            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 2) << 4)
+            codes = codes | (_bits(middle.to(TYPE), run, FIELD, FIELDS, 2) << 4)
         if BITS == 5:
-            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 1) << 4)
+            codes = codes | (_bits(middle.to(TYPE), run, FIELD, FIELDS, 1) << 4)
         if BITS == 7:
-            codes = codes | (_bits(high.to(tl.int32), run, FIELD, FIELDS, 1) << 6)
+            codes = codes | (_bits(high.to(TYPE), run, FIELD, FIELDS, 1) << 6)
     elif BITS >= 2:
         codes = _bits(held, run, FIELD, FIELDS, 2)
         if BITS == 3:
-            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 1) << 2)
+            codes = codes | (_bits(middle.to(TYPE), run, FIELD, FIELDS, 1) << 2)
     else:
         codes = _bits(held, run, FIELD, FIELDS, 1)
     return codes
@@ -219,16 +227,17 @@ def run_operands(  # type: ignore[no-untyped-def]
 ):
     """``run_values`` rounded to TYPE, which is exact but for tables.
 
-    Whole numbers of one plane of 1, 2 or 4 bits become 16-bit floats by arithmetic in 16 bits, two at a time:
-    4.5 instructions a weight with those of the product itself, where 6 are needed by way of float32.
+    Whole numbers of up to 6 bits become 16-bit floats by arithmetic in 16 bits, two at a time: 4 bits are 4.5
+    instructions a weight with those of the product itself, where 6 are needed by way of float32. (What is
+    subtracted from 7 bits may be more than 256, of which bfloat16 holds even numbers only.)
     """
     PLAIN: tl.constexpr = INTERPRETED and tl.bfloat16 == TYPE  # whose bits it takes for whole numbers
-    if PLAIN or tl.float32 == TYPE or BITS * FIELDS != 8 or BITS == 8 or KIND != "whole":
+    if PLAIN or tl.float32 == TYPE or BITS > 6 or KIND != "whole":
         values = run_values(low, middle, high, table, zero, run, FIELD, BITS, FIELDS, KIND, BASE, ZERO)
         operands = cast(values, TYPE)
     else:
-        codes = ((low >> (FIELD * BITS)) & ((1 << BITS) - 1)).to(tl.int16)
-        operands = _whole_halves(codes, zero, BASE, ZERO, TYPE)
+        codes = run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND, tl.uint8)
+        operands = _whole_halves(codes.to(tl.int16), zero, BASE, ZERO, TYPE)
     return operands
 
 
