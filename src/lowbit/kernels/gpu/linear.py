@@ -18,13 +18,13 @@ of a 4-bit weight of 4096 x 4096 reads 8 MiB, 2.5 us of an H100's 3.35 TB/s (1.7
 latency times bandwidth asks for some 25 KiB under way on each of 132 SMs (15 on an A100's 108).
 A program of 128 rows loads 8 KiB a step, with 4 steps in flight and several programs on each SM. Lower ones
 are there for weights whose rows make too few, or as many that some SMs have one more than others; a thread
-uses its part of x for fewer rows then. Instructions a weight as assembled for Hopper, 128 rows (256 where groups
-have 32 columns or less): 4 bits in groups of 128 3.2, of 32 3.8, 8 bits with a scale a row 3.9, 3 bits 5.4, Q6_K
-6.7, MXFP4 5.6, e4m3 5.5 (``vector_product``: 7.3, 8.1, 7.5, 12.3, 14, 8.2 and 12.1), where an H200 has 3.3 to 3.7
-in the time that memory brings 4 bits, an H100 4.7 to 5.3, and in proportion for others.
-A token more costs one more: from the second on tensor cores, on which tokens are free (a tile has 16, rows of
-none are not read). That holds for 2 to 8 tokens as for 16: what they need is what one token needs, bytes under way and equal work for
-all SMs, and ``programs`` cuts both alike.
+uses its part of x for fewer rows then. Instructions a weight as assembled for Hopper, 128 rows (256 where
+groups have 32 columns or less): 4 bits in groups of 128 3.2, of 32 3.8, 8 bits with a scale a row 3.9, 3
+bits 5.4, Q6_K 6.7, MXFP4 5.6, e4m3 5.5 (``vector_product``: 7.3, 8.1, 7.5, 12.3, 14, 8.2 and 12.1), where
+an H200 has 3.3 to 3.7 in the time that memory brings 4 bits, an H100 4.7 to 5.3, and in proportion for
+others. A token more costs one more: from the second on tensor cores, on which tokens are free (a tile has
+16, rows of none are not read). That holds for 2 to 8 tokens as for 16: what they need is what one token
+needs, bytes under way and equal work for all SMs, and ``programs`` cuts both alike.
 Their tiles are 128 or 64 rows high (less, and two warps would decode the same rows), as every block of rows
 reads all of x again from L2: with 16 tokens x is half of what a block of 128 reads, with 64 two thirds.
 Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums

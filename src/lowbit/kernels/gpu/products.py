@@ -115,7 +115,7 @@ def vector_product(  # type: ignore[no-untyped-def]
 def _plane_words(  # type: ignore[no-untyped-def]
     plane, rows, run, columns, TILE: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """int32 (rows, TILE / 4): a run's codes in a plane, those of its first tile in the low bits of each byte."""
+    """int32 (rows, TILE / 4): a run's codes in a plane, its first tile's in the low bits of each byte."""
     WIDE: tl.constexpr = TILE // 4
     PARTS: tl.constexpr = 8 // WIDTH
     at = run * FIELDS // PARTS * WIDE + tl.arange(0, WIDE)
@@ -141,7 +141,7 @@ def _moved(  # type: ignore[no-untyped-def]
 def _masked(  # type: ignore[no-untyped-def]
     low, middle, high, PLACE: tl.constexpr, FIELD: tl.constexpr, DOWN: tl.constexpr, BITS: tl.constexpr
 ):
-    """float32: a tile's whole numbers times 2^(PLACE - 149); other planes' bits come above the first one's."""
+    """float32: a tile's whole numbers times 2^(PLACE - 149); other planes' bits are above the first's."""
     WIDTH: tl.constexpr = BITS if BITS == 8 else (4 if BITS >= 4 else (2 if BITS >= 2 else 1))
     bits = _moved(low, DOWN, 0, PLACE, WIDTH)
     if BITS == 6 or BITS == 7:
@@ -210,12 +210,13 @@ def word_product(  # type: ignore[no-untyped-def]
     """``vector_product`` of whole numbers, e2m1 and e4m3, whose bytes are read as words of four.
 
     A whole number is masked where it stands in its word, its bits of other planes beside them, and these are
-    taken for a float32: below 2^24 they are as many times 2^-149, exactly, subnormal or not. So a weight costs a
-    mask a plane and a multiplication; what a place in the word is worth is in x, and scales, zero points and
-    offsets meet the sums of a group. GPUs multiply subnormal numbers at full rate, and Triton does not ask for
-    zeros instead. Room for units is taken from x and scales: |x| from 2^63 on and whole numbers' scales from
-    2^43 on are infinite, which no model's are. (Bytes made integers, integers made floats, and each met by its scale were
-    7.6 instructions a weight, and twice as many where bits came from two planes.) Small floats are ``_lifted``.
+    taken for a float32: below 2^24 they are as many times 2^-149, exactly, subnormal or not. So a weight
+    costs a mask a plane and a multiplication; what a place in the word is worth is in x, and scales, zero
+    points and offsets meet the sums of a group. GPUs multiply subnormal numbers at full rate, and Triton
+    does not ask for zeros instead. Room for units is taken from x and scales: |x| from 2^63 on and whole
+    numbers' scales from 2^43 on are infinite, which no model's are. (Bytes made integers, integers made
+    floats, and each met by its scale were 7.6 instructions a weight, and twice as many where bits came from
+    two planes.) Small floats are ``_lifted``.
 
     ``TOGETHER``: all columns of a run lie in one group. ``WHOLE``: rows end with a run.
     """
