@@ -220,9 +220,10 @@ def test_misspelt_variables_are_noticed_and_foreign_ones_are_not() -> None:
 
 
 def test_the_queue_follows_the_running_requests() -> None:
-    assert Settings().queue_limit == 256
-    assert Settings(max_running_requests=2).queue_limit == 64
-    assert Settings(max_queued_requests=5).queue_limit == 5
+    assert Settings().running_limit == 64
+    assert Settings().queue_limit(64) == 256
+    assert Settings().queue_limit(2) == 64
+    assert Settings(max_queued_requests=5).queue_limit(256) == 5
 
 
 @dataclass

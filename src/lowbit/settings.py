@@ -74,6 +74,7 @@ GROUPS = {  # in the order help and docs list them
 
 
 CPU_FRACTION, GPU_FRACTION = 0.4, 0.85  # what mem_fraction_static is on each
+RUNNING = 64  # what max_running_requests is on a CPU
 
 _CACHE_TYPES = ("auto", "bf16", "fp16", "f32", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 _CACHES_REFUSED = tuple(
@@ -259,7 +260,10 @@ class Settings:
     max_total_tokens: int | None = option(
         None, "Tokens the KV pool holds; default: by memory.", "engine", minimum=16
     )
-    max_running_requests: int = option(64, "Sequences that run at once.", "engine", minimum=1)
+    max_running_requests: int | None = option(
+        None, f"Sequences that run at once. Default: {RUNNING}; on a GPU with 35 GiB 128, with 60 GiB 256, "
+        "unless recurrent layers keep a state for each.", "engine", minimum=1,
+    )  # fmt: skip
     max_queued_requests: int | None = option(
         None, "Requests that may wait; default: max(64, 4 x running).", "engine", minimum=1
     )
@@ -410,9 +414,13 @@ class Settings:
         return self
 
     @property
-    def queue_limit(self) -> int:
-        """How many requests may wait."""
-        return self.max_queued_requests or max(64, 4 * self.max_running_requests)
+    def running_limit(self) -> int:
+        """How many sequences run at once; ``engine.load`` sets what depends on the device."""
+        return self.max_running_requests or RUNNING
+
+    def queue_limit(self, running: int) -> int:
+        """How many requests may wait where so many run."""
+        return self.max_queued_requests or max(64, 4 * running)
 
 
 def flag_of(name: str) -> str:

@@ -15,7 +15,7 @@ from engine.test_engine import make_engine, make_request, prompts, run, tokens_o
 from lowbit.engine import load as load_module
 from lowbit.engine import memory
 from lowbit.engine.engine import Engine, ForcedModes
-from lowbit.engine.memory import pool_pages, prefill_tokens, workspace
+from lowbit.engine.memory import pool_pages, prefill_tokens, running_requests, workspace
 from lowbit.engine.scheduler import Chunk
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
@@ -92,6 +92,18 @@ def test_a_gpu_computes_more_of_a_prompt_at_once(gpu: Callable[[float, float], N
     assert found == [2048, 2048, 4096, 8192, 8192]
     assert prefill_tokens(Settings(), torch.device("cpu")) == 512
     assert prefill_tokens(Settings(chunked_prefill_size=64), OnGpu().device) == 64
+
+
+def test_a_gpu_runs_more_sequences(gpu: Callable[[float, float], None]) -> None:
+    """But where it would keep large states for each."""
+    found = []
+    for total in (16, 24, 40, 80, 141):
+        gpu(total, total / 2)
+        found.append(running_requests(Settings(), OnGpu().device, states=False))
+    assert found == [64, 64, 128, 256, 256]
+    assert running_requests(Settings(), OnGpu().device, states=True) == 64
+    assert running_requests(Settings(), torch.device("cpu"), states=False) == 64
+    assert running_requests(Settings(max_running_requests=7), OnGpu().device, states=False) == 7
 
 
 @pytest.mark.parametrize(

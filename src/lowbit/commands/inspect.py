@@ -322,10 +322,10 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         out.print(f"prompts: {rounded_weights()}, unless --exact-prompts")
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
     if plan.state_bytes:
-        states = plan.state_bytes * (settings.max_running_requests + 1)
+        states = plan.state_bytes * (settings.running_limit + 1)
         out.print(
             f"states of recurrent layers: {binary_size(plan.state_bytes)} a sequence, however long; "
-            f"{binary_size(states)} for --max-running-requests {settings.max_running_requests}"
+            f"{binary_size(states)} for --max-running-requests {settings.running_limit}"
         )
     out.print(
         f"memory on {plan.device}: weights {binary_size(plan.weight_bytes)} "

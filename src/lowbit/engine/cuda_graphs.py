@@ -113,7 +113,7 @@ def bucket_sizes(settings: Settings) -> tuple[int, ...]:
         sizes = {int(word) for word in words}
         return tuple(sorted(size for size in sizes if most is None or size <= most)) or (most or 1,)
     if most is None:
-        most = min(settings.max_running_requests, MOST_SEQUENCES)
+        most = min(settings.running_limit, MOST_SEQUENCES)
     return tuple(sorted({size for size in (1, 2, 4, 8, *range(16, most, 8)) if size < most} | {most}))
 
 

@@ -109,7 +109,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool,
             settings.page_size,
-            max_running=settings.max_running_requests,
+            max_running=settings.running_limit,
             prefill_budget=self._forced.chunk or self._prefill_budget(pages),
             share_prefixes=self._may_share(),
             policy=settings.schedule_policy,
@@ -342,7 +342,7 @@ class Engine:
             pool_tokens=self.pool_tokens,
             page_size=self.settings.page_size,
             vocab_size=self.model.vocab_size,
-            max_running=self.settings.max_running_requests,
+            max_running=self.settings.running_limit,
             architecture=self._architecture,
             quantization=self.model.quantization,
             weight_bytes=self.model.weight_bytes,

@@ -15,13 +15,14 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.cuda_graphs import Progress, bucket_sizes
 from lowbit.engine.engine import Engine
+from lowbit.engine.memory import running_requests
 from lowbit.engine.rank_process import device_of, set_threads
 from lowbit.engine.ranks import Ranks
 from lowbit.engine.shared_model import SharedModel
 from lowbit.engine.speculation import Speculation
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels import native
-from lowbit.kernels.device_memory import free_memory, total_memory
+from lowbit.kernels.device_memory import free_memory, has_gpu, total_memory
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.models.model import Model
 from lowbit.settings import Settings
@@ -51,6 +52,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     KernelRules.parse(settings.linear_kernel)
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     set_threads(settings)
+    settings = _with_limit(settings, header)
     if settings.tp_size == 1:
         return _engine(settings, header, asked, on_progress, serving, None)
     settings = _shared(settings)
@@ -62,6 +64,18 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     except BaseException:
         ranks.close()
         raise
+
+
+def _with_limit(settings: Settings, header: CheckpointHeader) -> Settings:
+    """With the number of sequences that run at once, which all ranks must know alike."""
+    from lowbit.models.registry import family_of
+
+    device = device_of(settings, 0)
+    if device.type == "cuda" and not has_gpu():
+        return settings  # which loading refuses
+    states = getattr(family_of(header).config_of(header), "state", None) is not None
+    running = running_requests(settings, device, states)
+    return replace(settings, max_running_requests=running)
 
 
 def _shared(settings: Settings) -> Settings:

@@ -27,6 +27,7 @@ from lowbit.settings import CPU_FRACTION, GPU_FRACTION, Settings
 _GIB = 1 << 30
 _FIXED = 1 << 28  # of libraries and kernels, and what lies about unused in torch's cache
 _GPU_CHUNKS = ((60, 8192), (35, 4096))  # tokens of a step by GiB of the GPU
+_GPU_RUNNING = ((60, 256), (35, 128))  # and sequences
 _SLACK = 1.25  # blocks are rounded up, and what is freed cannot always be used at once
 _CLAIMED = 1 << 21  # bytes at once: about a millisecond
 _MOST_SCRATCH = 1 << 26  # bytes claimed
@@ -60,7 +61,7 @@ def pool_pages(model: Model, settings: Settings) -> int:
             )
         return pages
     context = settings.context_length or model.context_length
-    useful = settings.max_running_requests * -(-context // size)
+    useful = settings.running_limit * -(-context // size)
     pages = min(room.share // page_bytes, useful)
     if settings.context_length is not None and pages * size < settings.context_length:
         raise LowbitError(
@@ -80,7 +81,7 @@ def pool_pages(model: Model, settings: Settings) -> int:
 
 def _beside_states(room: _Room, model: Model, settings: Settings) -> _Room:
     """What recurrent layers' states, of all sequences that may run, leave for pages."""
-    each, count = _state_bytes(model), settings.max_running_requests
+    each, count = _state_bytes(model), settings.running_limit
     states = each * (count + 1)  # one more is nobody's
     if states == 0:
         return room
@@ -123,7 +124,7 @@ def _cpu_room(model: Model, settings: Settings) -> _Room:
 def _gpu_room(model: Model, settings: Settings) -> _Room:
     torch.cuda.empty_cache()  # what loading left behind
     free, total = free_memory(model.device), total_memory(model.device)
-    here, states, slots = _page_bytes(model, 1), _state_bytes(model), settings.max_running_requests + 1
+    here, states, slots = _page_bytes(model, 1), _state_bytes(model), settings.running_limit + 1
     for other in model.others:  # where it is scarcest for the pages of a rank
         left = max(other.free - slots * other.state_bytes, 0)
         free = min(free, left * here // max(other.token_bytes, 1) + slots * states)
@@ -136,6 +137,15 @@ def _gpu_room(model: Model, settings: Settings) -> _Room:
         f"--mem-fraction-static is {fraction:g}"
     )
     return _Room(max(min(free - int(total * (1 - fraction)), most), 0), most, origin)
+
+
+def running_requests(settings: Settings, device: torch.device, states: bool) -> int:
+    """Sequences that run at once: as asked for; else on a GPU as many as one of its size serves, if it need
+    not keep the ``states`` of recurrent layers for each."""
+    if settings.max_running_requests is None and device.type == "cuda" and not states:
+        total = total_memory(device)
+        return next((count for least, count in _GPU_RUNNING if total >= least * _GIB), settings.running_limit)
+    return settings.running_limit
 
 
 def prefill_tokens(settings: Settings, device: torch.device) -> int:
@@ -153,12 +163,12 @@ def _step_tokens(model: Model, settings: Settings) -> int:
     """Tokens of the largest step."""
     chunk = prefill_tokens(settings, model.device)
     longest = settings.context_length or model.context_length
-    return (longest if chunk < 0 else min(chunk, longest)) + settings.max_running_requests
+    return (longest if chunk < 0 else min(chunk, longest)) + settings.running_limit
 
 
 def workspace(model: Model, settings: Settings) -> int:
     """Bytes that the largest step may need beside weights and pages, from above."""
-    rows = settings.max_running_requests + PROMPT_LOGPROB_ROWS
+    rows = settings.running_limit + PROMPT_LOGPROB_ROWS
     needed = _step_tokens(model, settings) * _token_bytes(model.config)
     needed += rows * model.vocab_size * _ROW_BYTES
     if "gpu_blocks" in model.kernels:

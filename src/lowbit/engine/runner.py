@@ -67,8 +67,8 @@ class Runner:
         self._model = model
         self._page_size = settings.page_size
         self._context = context
-        self._most_sequences = settings.max_running_requests
-        slots, backend = settings.max_running_requests, settings.attention_backend
+        self._most_sequences = settings.running_limit
+        slots, backend = settings.running_limit, settings.attention_backend
         specs = model.cache_specs()
         self._has_states = state_bytes(specs) > 0
         self._prompts_apart = rounds_prompts(settings, model.device.type)

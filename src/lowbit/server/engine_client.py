@@ -156,7 +156,7 @@ class EngineClient:
         ready = self.require_ready()
         running = ready.max_running
         places = min(len(requests), running)
-        room = running + self._settings.queue_limit - self.places_held
+        room = running + self._settings.queue_limit(running) - self.places_held
         if places > room:
             seconds = self._retry_after()
             raise ApiError(
@@ -273,7 +273,8 @@ class EngineClient:
     def _lower_admission(self) -> None:
         """After an out-of-memory kill the next engine takes less."""
         old = self._settings
-        self._settings = replace(old, max_running_requests=max(1, old.max_running_requests // 2))
+        running = old.max_running_requests or (self.ready.max_running if self.ready else old.running_limit)
+        self._settings = replace(old, max_running_requests=max(1, running // 2))
         device = self.ready.details.get("device", "cpu") if self.ready else old.device
         if not device.startswith("cuda"):  # a GPU's memory is not what was short
             fraction = old.mem_fraction_static or CPU_FRACTION
