@@ -15,7 +15,10 @@ masks) and are int64, as what they address may exceed 2^31 bytes.
 A whole number costs three instructions: its byte's shift, one that masks it and puts it into the significand
 of 2^23, and a subtraction, which takes off the zero point as well. Converting integers would be done at a
 quarter of that rate. A float of 4 bits costs four, of 6 bits six; looked up in a table it would be a load
-from shared memory a weight, and two barriers a tile.
+from shared memory a weight, and two barriers a tile. Operands of tensor cores (``run_operands``) are made two
+at a time, by instructions that Triton has no words for (``assembly``): with all else that a product of up to
+16 tokens does, as assembled for Hopper, 3.2 instructions a code of 4 bits in groups of 128 (4.5 before that),
+4.2 of 8 bits (7.8), 6.0 an MXFP4 (8.5), 6.7 of 3 bits and e4m3 (11.1 and 13.1).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowbit.kernels.gpu.assembly import small_float_halves, whole_halves
 from lowbit.kernels.gpu.language import INTERPRETED, cast
 
 
@@ -88,18 +92,10 @@ def _bits(held, run, FIELD: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def run_codes(  # type: ignore[no-untyped-def]
-    low,
-    middle,
-    high,
-    run,
-    FIELD: tl.constexpr,
-    BITS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    KIND: tl.constexpr,
-    TYPE: tl.constexpr = tl.int32,
+    low, middle, high, run, FIELD: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr
 ):
-    """TYPE (rows, TILE): the canonical codes of one tile of a run."""
-    held = low.to(TYPE)
+    """int32 (rows, TILE): the canonical codes of one tile of a run."""
+    held = low.to(tl.int32)
     if BITS == 8:
         codes = held
         if KIND == "whole":
@@ -107,15 +103,15 @@ def run_codes(  # type: ignore[no-untyped-def]
     elif BITS >= 4:
         codes = _bits(held, run, FIELD, FIELDS, 4)
         if BITS >= 6:
-            codes = codes | (_bits(middle.to(TYPE), run, FIELD, FIELDS, 2) << 4)
+            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 2) << 4)
         if BITS == 5:
-            codes = codes | (_bits(middle.to(TYPE), run, FIELD, FIELDS, 1) << 4)
+            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 1) << 4)
         if BITS == 7:
-            codes = codes | (_bits(high.to(TYPE), run, FIELD, FIELDS, 1) << 6)
+            codes = codes | (_bits(high.to(tl.int32), run, FIELD, FIELDS, 1) << 6)
     elif BITS >= 2:
         codes = _bits(held, run, FIELD, FIELDS, 2)
         if BITS == 3:
-            codes = codes | (_bits(middle.to(TYPE), run, FIELD, FIELDS, 1) << 2)
+            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 1) << 2)
     else:
         codes = _bits(held, run, FIELD, FIELDS, 1)
     return codes
@@ -194,22 +190,6 @@ def run_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _whole_halves(  # type: ignore[no-untyped-def]
-    codes, zero, BASE: tl.constexpr, ZERO: tl.constexpr, TYPE: tl.constexpr
-):
-    """A code is the end of the significand of 128 or 1,024, and what they have in common is subtracted."""
-    if tl.bfloat16 == TYPE:
-        codes = codes | 0x4300
-        least = zero * 0.0 + (128.0 + BASE)
-    else:
-        codes = codes | 0x6400
-        least = zero * 0.0 + (1024.0 + BASE)
-    if ZERO == "exact":
-        least += zero
-    return codes.to(TYPE, bitcast=True) - least.to(TYPE)[:, None]
-
-
-@triton.jit
 def run_operands(  # type: ignore[no-untyped-def]
     low,
     middle,
@@ -227,17 +207,31 @@ def run_operands(  # type: ignore[no-untyped-def]
 ):
     """``run_values`` rounded to TYPE, which is exact but for tables.
 
-    Whole numbers of up to 6 bits become 16-bit floats by arithmetic in 16 bits, two at a time: 4 bits are 4.5
-    instructions a weight with those of the product itself, where 6 are needed by way of float32. (What is
-    subtracted from 7 bits may be more than 256, of which bfloat16 holds even numbers only.)
+    Whole numbers of up to 6 bits, and of 8, become 16-bit floats two at a time (``assembly``): a code is the
+    end of the significand of 128 or 1,024, and what they have in common is subtracted. (What is subtracted
+    from 7 bits may be more than 256, of which bfloat16 holds even numbers only.)
     """
-    PLAIN: tl.constexpr = INTERPRETED and tl.bfloat16 == TYPE  # whose bits it takes for whole numbers
-    if PLAIN or tl.float32 == TYPE or BITS > 6 or KIND != "whole":
+    WHOLE: tl.constexpr = KIND == "whole" and BITS != 7
+    SMALL: tl.constexpr = (KIND == "e2m1" or KIND == "e4m3") and ZERO == "none"
+    if INTERPRETED or tl.float32 == TYPE or not (WHOLE or SMALL):
         values = run_values(low, middle, high, table, zero, run, FIELD, BITS, FIELDS, KIND, BASE, ZERO)
         operands = cast(values, TYPE)
+    elif SMALL:
+        operands = small_float_halves(low, KIND, FIELD, TYPE)
     else:
-        codes = run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND, tl.uint8)
-        operands = _whole_halves(codes.to(tl.int16), zero, BASE, ZERO, TYPE)
+        WIDTH: tl.constexpr = 8 // FIELDS
+        MORE: tl.constexpr = BITS - WIDTH
+        place = run * FIELDS % (8 // (MORE if MORE else 8)) + FIELD
+        raised = whole_halves(low, middle, place * MORE, FIELD * WIDTH, WIDTH, MORE, TYPE)
+        if tl.bfloat16 != TYPE:
+            least = zero * 0.0 + (1024.0 + BASE)
+        elif BITS == 8:
+            least = zero * 0.0 + (BASE - 128.0)
+        else:
+            least = zero * 0.0 + (BASE + 128.0)
+        if ZERO == "exact":
+            least += zero
+        operands = raised - least.to(TYPE)[:, None]
     return operands
 
 
