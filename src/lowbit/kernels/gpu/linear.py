@@ -3,7 +3,7 @@
 gpu_blocks takes codes of 1 to 8 bits in the layout of ``weight_layout``, all formats but those that file
 refuses, and x of any float type, with float32 sums:
 
-    1 token        ``word_product`` of whole numbers, e2m1 and e4m3, ``vector_product`` of others: CUDA cores,
+    1 token        ``word_product``, or ``vector_product`` of e5m2, e2m3 and the like: CUDA cores,
                    float32 products, weights never rounded
     2 to 64        ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
                    holds; scales meet the float32 sums of their columns. Tables (nf4) are rounded
@@ -20,11 +20,11 @@ A program of 128 rows loads 8 KiB a step, with 4 steps in flight and several pro
 are there for weights whose rows make too few, or as many that some SMs have one more than others; a thread
 uses its part of x for fewer rows then. Instructions a weight as assembled for Hopper, 128 rows (256 where
 groups have 32 columns or less): 4 bits in groups of 128 3.2, of 32 3.8, 8 bits with a scale a row 3.9, 3
-bits 5.4, Q6_K 6.7, MXFP4 5.6, e4m3 5.5 (``vector_product``: 7.3, 8.1, 7.5, 12.3, 14, 8.2 and 12.1), where
-an H200 has 3.3 to 3.7 in the time that memory brings 4 bits, an H100 4.7 to 5.3, and in proportion for
-others. A token more costs one more: from the second on tensor cores, on which tokens are free (a tile has
-16, rows of none are not read). That holds for 2 to 8 tokens as for 16: what they need is what one token
-needs, bytes under way and equal work for all SMs, and ``programs`` cuts both alike.
+bits 5.4, Q6_K 6.7, nf4 5.1, MXFP4 5.6, e4m3 5.5 (bytes decoded one by one: 7.3, 8.1, 7.5, 12.3, 14, 7.3,
+8.2 and 12.1), where an H200 has 3.3 to 3.7 in the time that memory brings 4 bits, an H100 4.7 to 5.3, and
+in proportion for others. A token more costs one more: from the second on tensor cores, on which tokens are
+free (a tile has 16, rows of none are not read). That holds for 2 to 8 tokens as for 16: what they need is
+what one token needs, bytes under way and equal work for all SMs, and ``programs`` cuts both alike.
 Their tiles are 128 or 64 rows high (less, and two warps would decode the same rows), as every block of rows
 reads all of x again from L2: with 16 tokens x is half of what a block of 128 reads, with 64 two thirds.
 Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums
@@ -258,9 +258,9 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     }
     shape = (rows, columns, layout.runs, each)
     if layout.in_words:
-        *planes, _, zeros, scale0, scale1, offset0, offset1 = packed.pointers
+        *planes, table, zeros, scale0, scale1, offset0, offset1 = packed.pointers
         words = [None if plane is None else plane.view(torch.int32) for plane in planes]
-        levels = (zeros, scale0, scale1, offset0, offset1)
+        levels = (table, zeros, scale0, scale1, offset0, offset1)
         run = layout.tile * layout.fields
         of_run = {"TOGETHER": layout.group % run == 0, "WHOLE": columns % run == 0}
         pointers = (x, out, *split, *words, *levels)

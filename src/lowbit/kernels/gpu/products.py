@@ -156,6 +156,24 @@ def _masked(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _codes(  # type: ignore[no-untyped-def]
+    low, middle, high, BYTE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr
+):
+    """int32: a tile's codes in one byte of its words."""
+    WIDTH: tl.constexpr = 4 if BITS >= 4 else (2 if BITS >= 2 else 1)
+    code = (low >> (BYTE * 8 + FIELD * WIDTH)) & ((1 << WIDTH) - 1)
+    if BITS == 6 or BITS == 7:
+        code |= ((middle >> (BYTE * 8 + FIELD * 2)) & 3) << 4
+    elif BITS == 5:
+        code |= ((middle >> (BYTE * 8 + FIELD)) & 1) << 4
+    elif BITS == 3:
+        code |= ((middle >> (BYTE * 8 + FIELD)) & 1) << 2
+    if BITS == 7:
+        code |= ((high >> (BYTE * 8 + FIELD)) & 1) << 6
+    return code
+
+
+@triton.jit
 def _lifted(held, PLACE: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32: floats of a few bits that stand at a place, sign, exponent and significand where float32 has
     them, which is 2^-126 (e2m1) or 2^-120 (e4m3) times their worth."""
@@ -177,6 +195,7 @@ def word_product(  # type: ignore[no-untyped-def]
     plane2,
     plane1,
     codes,
+    table,
     zeros,
     scale0,
     scale1,
@@ -207,7 +226,7 @@ def word_product(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``vector_product`` of whole numbers, e2m1 and e4m3, whose bytes are read as words of four.
+    """``vector_product`` of whole numbers, e2m1, e4m3 and tables, whose bytes are read as words of four.
 
     A whole number is masked where it stands in its word, its bits of other planes beside them, and these are
     taken for a float32: below 2^24 they are as many times 2^-149, exactly, subnormal or not. So a weight
@@ -216,7 +235,7 @@ def word_product(  # type: ignore[no-untyped-def]
     does not ask for zeros instead. Room for units is taken from x and scales: |x| from 2^63 on and whole
     numbers' scales from 2^43 on are infinite, which no model's are. (Bytes made integers, integers made
     floats, and each met by its scale were 7.6 instructions a weight, and twice as many where bits came from
-    two planes.) Small floats are ``_lifted``.
+    two planes.) Small floats are ``_lifted``; of a table values are looked up in shared memory.
 
     ``TOGETHER``: all columns of a run lie in one group. ``WHOLE``: rows end with a run.
     """
@@ -275,6 +294,10 @@ def word_product(  # type: ignore[no-untyped-def]
                     place = byte * 8 - down + field * WIDTH
                     values = _masked(low, middle, high, place, field, down, BITS)
                     part += values * (number * (RAISE / (1 << place)))[None, :]
+                elif KIND == "table":
+                    flat = tl.reshape(_codes(low, middle, high, byte, field, BITS), (BN * WIDE,))
+                    values = tl.gather(tl.load(table + tl.arange(0, 1 << BITS)), flat, 0)
+                    part += tl.reshape(values, (BN, WIDE)) * number[None, :]
                 else:
                     part += _lifted(low, byte * 8 + field * WIDTH, KIND) * (number * RAISE)[None, :]
                 seen += number
@@ -287,6 +310,8 @@ def word_product(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 if KIND == "whole":
                     total += part * (scale * UNIT)[:, None]
+                elif KIND == "table":
+                    total += part * scale[:, None]
                 else:  # e8m0's scales need all of float32's exponents
                     total += (part * UNIT) * scale[:, None]
                 if BASE != 0 or ZERO != "none" or OFFSET:

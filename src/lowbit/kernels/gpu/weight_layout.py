@@ -105,8 +105,8 @@ class Layout:
 
     @property
     def in_words(self) -> bool:
-        """Whether codes are whole numbers, e2m1 or e4m3, and rows words of four bytes."""
-        return self.kind in ("whole", "e2m1", "e4m3") and (self.bits < 8 or self.shape[1] % 4 == 0)
+        """Whether a product of one token reads words of four bytes: not of e5m2, e2m3 and the like."""
+        return self.kind in ("whole", "table", "e2m1", "e4m3") and (self.bits < 8 or self.shape[1] % 4 == 0)
 
     @property
     def group(self) -> int:
