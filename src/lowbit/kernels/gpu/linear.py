@@ -5,9 +5,9 @@ refuses, and x of any float type, with float32 sums:
 
     1 token        ``word_product``, or ``vector_product`` of e5m2, e2m3 and the like: CUDA cores,
                    float32 products, weights never rounded
-    2 to 64        ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
+    2 to 128       ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
                    holds; scales meet the float32 sums of their columns. Tables (nf4) are rounded
-    65 to 511      ``tile_product``: tiles of weights are dequantized and rounded to x's type
+    129 to 511     ``tile_product``: tiles of weights are dequantized and rounded to x's type
     from 512       slices of rows are dequantized into a workspace that cuBLAS multiplies
 
 float32 x is multiplied as float32 all the way, on CUDA cores. Columns in another order (act-order) are
@@ -30,11 +30,13 @@ reads all of x again from L2: with 16 tokens x is half of what a block of 128 re
 Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums
 are added in their order by whichever program comes last, not by atomics, so that equal calls give equal bits.
 
-Between 65 and 511 tokens a tile is decoded once for 64 or 128 tokens. From 512 on decoding in every block of
-tokens costs more than writing and reading 2 bytes a weight once. A slice has 32 MiB, which stay in L2 (40 MiB
-on an A100, 50 on an H100), or as many rows as give each SM a tile of 128 tokens and 256 rows: few tokens and
-wide rows would leave most of them without work. From HBM a workspace is 1.2 ps a weight, beside the 8.2 that
-4096 tokens' products take at a PFLOP a second.
+Between 129 and 511 tokens a tile is decoded once for 128 tokens, and rounded with its scales: sums of a
+group apart from all sums would need twice the registers. (With 65 to 128 tokens that takes 7.5 instructions
+a weight, and 4.9 with scales behind the sums: 8.4 and 7.3 in groups of 32; Q4_K 11.7 and 12.7.) From 512 on
+decoding in every block of tokens costs more than writing and reading 2 bytes a weight once. A slice has 32
+MiB, which stay in L2 (40 MiB on an A100, 50 on an H100), or as many rows as give each SM a tile of 128
+tokens and 256 rows: few tokens and wide rows would leave most of them without work. From HBM a workspace is
+1.2 ps a weight, beside the 8.2 that 4096 tokens' products take at a PFLOP a second.
 """
 
 from __future__ import annotations
@@ -100,8 +102,7 @@ _WORDS = {
 _BLOCKS = (
     Blocks(16, 16, (128, 64), True, 4, 4, 2),
     Blocks(32, 32, (128, 64), True, 4, 4, 2),
-    Blocks(64, 64, (128,), True, 8, 3, 1),
-    Blocks(128, 64, (128,), False, 8, 3, 1),
+    Blocks(128, 64, (128,), True, 8, 3, 1),
     Blocks(MANY_TOKENS - 1, 128, (128,), False, 8, 3, 1),
 )
 _FLOAT_BLOCKS = (Blocks(16, 16, (64,), False, 4, 2, 2), Blocks(MANY_TOKENS - 1, 32, (64,), False, 4, 2, 2))
