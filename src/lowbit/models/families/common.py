@@ -41,6 +41,21 @@ def windows_by_types(types: object, window: int, layers: int, period: int = 1) -
     return tuple(window if kind == SLIDING else 0 for kind in layer_types(types, layers))
 
 
+def windows_in_gguf(keys: ConfigKeys, window: int, layers: int, period: int) -> tuple[int, ...]:
+    """Each layer's window in a GGUF file, whose ``attention.sliding_window_pattern`` lists the layers that
+    have one or says how often one has none: every ``period``-th where there is no such key."""
+    key = "attention.sliding_window_pattern"
+    told = keys.values.get(key)
+    if not isinstance(told, list):
+        return windows_by_types(None, window, layers, keys.size(key, period))
+    if len(told) < layers:
+        raise LowbitError(
+            "E0216",
+            f"{keys.place}.{key} lists {len(told)} layers and the model has {layers}; the file is damaged",
+        )
+    return tuple(window if inside else 0 for inside in told[:layers])
+
+
 _FIRST_WINDOW = 28  # layer of Qwen's, where the config does not say: as transformers has it
 
 

@@ -10,7 +10,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.common import UNUSED, windows_by_types, windows_in_gguf
 from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES
 from lowbit.models.registry import Family
@@ -20,6 +20,7 @@ NORMS = NormNames(
     "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
 )
 _CAPS: dict[str, object] = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_WINDOW: dict[str, object] = {"attention.sliding_window": 4096}
 
 
 def _gemma(header: CheckpointHeader, period: int, theta: float = 10000.0) -> ModelConfig:
@@ -33,7 +34,8 @@ def _gemma(header: CheckpointHeader, period: int, theta: float = 10000.0) -> Mod
         keys = gguf_keys(header)
         # GGUF says nothing of the query scale: 1/sqrt(head_dim) but for Gemma 2 27B and Gemma 3 27B.
         scale = (config.hidden_size / config.heads) ** -0.5 if config.layers in (46, 62) else None
-        window = keys.size("attention.sliding_window", 4096)
+        window = keys.count("attention.sliding_window", 0)
+        windows = windows_in_gguf(keys, window, config.layers, period) if window else ()
     else:
         keys = json_keys(header)
         if keys.flag("use_bidirectional_attention", False):
@@ -43,7 +45,8 @@ def _gemma(header: CheckpointHeader, period: int, theta: float = 10000.0) -> Mod
                 "them only",
             )
         scale = keys.number("query_pre_attn_scalar", 256.0) ** -0.5
-        window = keys.size("sliding_window", 4096)
+        window, types = keys.size("sliding_window", 4096), keys.values.get("layer_types")
+        windows = windows_by_types(types, window, config.layers, period)
         activation, bias = keys.text("hidden_activation", activation), keys.flag("attention_bias", False)
         config = replace(
             config,
@@ -58,14 +61,16 @@ def _gemma(header: CheckpointHeader, period: int, theta: float = 10000.0) -> Mod
         attention_scale=scale,
         attention_softcap=keys.number("attn_logit_softcapping", 0.0),
         logit_softcap=keys.number("final_logit_softcapping", 0.0),
-        windows=windows_by_types(keys.values.get("layer_types"), window, config.layers, period),
+        windows=windows,
     )
 
 
 def _gemma2(header: CheckpointHeader) -> ModelConfig:
     if header.container != "gguf":  # null, unlike no key, means that logits are not capped
-        header = replace(header, config=_CAPS | header.config)
-    return _gemma(header, period=2)
+        return _gemma(replace(header, config=_CAPS | header.config), period=2)
+    # Files of June 2024 have none of these keys.
+    absent = {f"gemma2.{key}": value for key, value in (_CAPS | _WINDOW).items()}
+    return _gemma(replace(header, metadata=absent | header.metadata), period=2)
 
 
 def _gemma3(header: CheckpointHeader) -> ModelConfig:

@@ -20,7 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, NormNames, base_config
 from lowbit.models.config_keys import ConfigKeys, architecture_of, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import SLIDING, UNUSED, layer_types
+from lowbit.models.families.common import SLIDING, UNUSED, layer_types, windows_in_gguf
 from lowbit.models.families.spelling import aliases, respelled
 from lowbit.models.gguf_names import BITNET_GGUF_NAMES, GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
@@ -97,7 +97,9 @@ def _exaone4(header: CheckpointHeader) -> ModelConfig:
     key = "attention.sliding_window" if in_gguf else "sliding_window"
     window = keys.count(key) if key in keys.values else 0 if in_gguf else 4096
     windows: tuple[int, ...] = ()
-    if window:
+    if window and in_gguf:
+        windows = windows_in_gguf(keys, window, config.layers, 4)
+    elif window:
         local = _local_layers(keys, config.layers)
         windows = tuple(window if is_local else 0 for is_local in local)
     unrotated = frozenset(n for n, size in enumerate(windows) if not size)
@@ -108,9 +110,6 @@ def _local_layers(keys: ConfigKeys, layers: int) -> list[bool]:
     """Which layers have a window: as the config lists them, or by a pattern that repeats."""
     if keys.has("layer_types"):
         return [kind == SLIDING for kind in layer_types(keys.values["layer_types"], layers)]
-    inside = keys.values.get("attention.sliding_window_pattern")  # of GGUF
-    if isinstance(inside, list) and len(inside) == layers:
-        return [kind is True for kind in inside]
     pattern = keys.values.get("sliding_window_pattern", 4)
     if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
         return [pattern[n % len(pattern)] == "L" and n + 1 < layers for n in range(layers)]

@@ -14,7 +14,7 @@ from lowbit.layers.rotary import RopeScaling
 from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.common import UNUSED, windows_by_types, windows_in_gguf
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import local_rope
@@ -49,18 +49,15 @@ def _windowed(header: CheckpointHeader, config: ModelConfig) -> ModelConfig:
             return config
         window, scaling = keys.size("attention.sliding_window"), RopeScaling()
         theta = keys.number("rope.freq_base_swa", config.rope_theta)
-        types: object = None
-        pattern = keys.values.get("attention.sliding_window_pattern")
-        if isinstance(pattern, list):
-            types = ["sliding_attention" if inside else "full_attention" for inside in pattern]
+        windows = windows_in_gguf(keys, window, config.layers, 4)
     else:
         keys = json_keys(header)
         window = keys.size("sliding_window", 4096)
         theta, scaling = local_rope(keys, config.context_length, config.rope_theta)
-        types = keys.values.get("layer_types")
+        windows = windows_by_types(keys.values.get("layer_types"), window, config.layers, period=4)
     return replace(
         config,
-        windows=windows_by_types(types, window, config.layers, period=4),
+        windows=windows,
         local_rope_theta=theta,
         local_rope_scaling=scaling,
     )
