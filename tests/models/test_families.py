@@ -273,7 +273,13 @@ LEFT_OUT = {
     "Mixtral": ("rope_parameters",),
     "Cohere": ("rope_parameters", "tie_word_embeddings", "logit_scale"),
     "BitNet": ("rope_parameters", "hidden_act"),
-    "GptOss": ("rope_parameters",),
+    "GptOss": ("rope_parameters", "head_dim"),
+    "Qwen3": ("head_dim",),
+    "Qwen3Next": ("head_dim",),
+    "Glm": ("head_dim",),
+    "Glm4": ("head_dim",),
+    "Ministral3": ("rope_parameters", "head_dim"),
+    "DeepseekV3": ("n_group", "topk_group"),
     "Mistral": ("sliding_window",),
     "Qwen2 with windows, tied": ("sliding_window",),
 }
@@ -291,6 +297,23 @@ def test_what_a_config_leaves_out_is_what_its_class_takes(case: str, tmp_path: P
     rewrite(tmp_path, {"architectures": [f"{case.split()[0]}ForCausalLM"]})
     header = open_checkpoint(str(tmp_path))
     assert found == family_of(header).config_of(header)
+
+
+@pytest.mark.parametrize("case", ["Qwen2", "Qwen3"])
+def test_dual_chunk_attention_is_served_up_to_its_first_chunk(case: str, tmp_path: Path) -> None:
+    """Whose tokens see each other as in any model."""
+    make_config(case).save_pretrained(tmp_path)
+    save_file({"unused": torch.ones(1)}, tmp_path / "model.safetensors")
+    for local, context in ((64, 192), (0, 256), (256, None)):
+        chunks = {"chunk_size": 256, "local_size": local, "original_max_position_embeddings": 256}
+        told = {"architectures": [f"{case}ForCausalLM"], "dual_chunk_attention_config": chunks}
+        rewrite(tmp_path, told)
+        header = open_checkpoint(str(tmp_path))
+        if context is None:
+            with pytest.raises(LowbitError, match="local_size 256 of chunk_size 256"):
+                family_of(header).config_of(header)
+        else:
+            assert family_of(header).config_of(header).context_length == context
 
 
 def test_a_recipe_added_to_a_newer_config(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
+from lowbit.models.config import ModelConfig
 from lowbit.models.registry import family_of
 from models.family_cases import SIZES, check_logits, randomized
 
@@ -181,3 +184,35 @@ def test_tensors_that_are_neither_text_nor_vision(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(LowbitError, match=r"E0217.*'adapter.weight' has no place"):
         load_model(open_checkpoint(str(tmp_path)), device="cpu")
+
+
+TEXT_CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "ministral3": "Ministral3",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen2_vl_text": "Qwen2VLText",
+    "qwen2_5_vl_text": "Qwen2_5_VLText",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen3_vl_text": "Qwen3VLText",
+    "qwen3_vl_moe_text": "Qwen3VLMoeText",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "phi3": "Phi3",
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_CLASSES)
+def test_a_text_config_that_leaves_everything_out(kind: str) -> None:
+    """It is that of the class, key by key: transformers 4 left out what is the class's own."""
+
+    def found(text: dict[str, Any]) -> ModelConfig:
+        config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+        header = CheckpointHeader(Path("m"), "safetensors", {}, config | {"tie_word_embeddings": False})
+        return family_of(header).read_config(header)
+
+    whole = getattr(transformers, f"{TEXT_CLASSES[kind]}Config")()
+    said = json.loads(whole.to_json_string(use_diff=False))
+    assert replace(found({"model_type": kind}), tied_head=False) == replace(found(said), tied_head=False)

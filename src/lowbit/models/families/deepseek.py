@@ -45,7 +45,11 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             f"{keys.place}: routing by {printable(scoring)} and {printable(method)} is not supported; "
             "supported: sigmoid with noaux_tc, softmax with greedy or group_limited_greedy",
         )
-    groups = keys.size("n_group", 1) if method != "greedy" else 1
+    # V3's class has groups unless told otherwise, V2's has none.
+    usual = (8, 4) if scoring == "sigmoid" else (1, 1)
+    groups, kept = (keys.size(key, n) for key, n in zip(("n_group", "topk_group"), usual, strict=True))
+    if method == "greedy":
+        groups = kept = 1
     inner, dense = keys.size("moe_intermediate_size"), keys.count("first_k_dense_replace")
     step = keys.size("moe_layer_freq", 1)
     rope_section = rope_keys(keys)
@@ -74,7 +78,7 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             # transformers' V2 never renormalizes; V3 does where the config says so.
             renormalize=scoring == "sigmoid" and keys.flag("norm_topk_prob", True),
             groups=groups,
-            kept_groups=keys.size("topk_group", 1) if method != "greedy" else 1,
+            kept_groups=kept,
             scale=keys.number("routed_scaling_factor"),
             shared_size=keys.count("n_shared_experts") * inner,
         ),

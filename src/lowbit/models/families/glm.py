@@ -13,6 +13,7 @@ from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES, GLM4_GGUF_NAMES, POST_NORM_GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -23,7 +24,7 @@ _SIGMOID = 2  # GGUF's expert_gating_func
 
 
 def _glm(header: CheckpointHeader) -> ModelConfig:
-    config = replace(base_config(header, rotated=0.5), rotates_neighbours=True)
+    config = replace(base_config(respelled(header, head_dim=128), rotated=0.5), rotates_neighbours=True)
     if header.container == "gguf":
         return config
     return replace(config, qkv_bias=json_keys(header).flag("attention_bias", True))

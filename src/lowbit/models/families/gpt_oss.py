@@ -29,7 +29,7 @@ _ROPE = {
 def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
     if not header.config.get("rope_scaling"):
         header = respelled(header, rope_parameters=_ROPE)
-    config = base_config(header, theta=150000.0)
+    config = base_config(respelled(header, head_dim=64), theta=150000.0)
     if header.container == "gguf":
         keys = gguf_keys(header)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")

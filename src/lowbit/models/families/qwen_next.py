@@ -10,6 +10,7 @@ from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.families.common import FULL, UNUSED, layer_types
 from lowbit.models.families.qwen import sparse_layers
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import QWEN_NEXT_GGUF_NAMES
 from lowbit.models.qwen_next import QwenNextConfig, build
 from lowbit.models.registry import Family
@@ -18,7 +19,7 @@ _TAKE = "take the config of the original model"
 
 
 def _qwen3_next(header: CheckpointHeader) -> ModelConfig:
-    base = base_config(header, rotated=0.25)
+    base = base_config(respelled(header, head_dim=256), rotated=0.25)
     if header.container == "gguf":
         return _from_gguf(base, gguf_keys(header))
     keys = json_keys(header)

@@ -41,22 +41,37 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, cont
     }
 
 
-# What a text_config of this model_type leaves out.
+_QWEN2_VL = _sizes(8192, 29568, 80, 64, 8, 32768, 152064)
+_QWEN2_VL |= {"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "max_window_layers": 80}
+_QWEN3_VL: Json = {"head_dim": 128, "rope_theta": 500000.0}
+_GEMMA = _sizes(2304, 9216, 26, 8, 4, 131072, 262208) | {"head_dim": 256, "tie_word_embeddings": True}
+# What a text_config of this model_type leaves out: transformers 4 wrote what differs from these only.
 _DEFAULTS: dict[str, Json] = {
-    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "llama": _sizes(4096, 11008, 32, 32, 32, 2048, 32000),
     "mistral": _sizes(4096, 14336, 32, 32, 8, 131072, 32000) | {"sliding_window": 4096},
-    "ministral3": _sizes(4096, 14336, 34, 32, 8, 262144, 131072) | {"head_dim": 128, "rms_norm_eps": 1e-5},
+    "ministral3": _sizes(4096, 14336, 34, 32, 8, 262144, 131072) | {"rms_norm_eps": 1e-5},
+    "mixtral": _sizes(4096, 14336, 32, 32, 8, 131072, 32000)
+    | {"rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2": _sizes(4096, 22016, 32, 32, 32, 32768, 151936),
-    "gemma3_text": _sizes(2304, 9216, 26, 8, 4, 131072, 262208)
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3": _sizes(4096, 22016, 32, 32, 32, 32768, 151936),
+    "qwen3_moe": _sizes(2048, 6144, 24, 32, 4, 32768, 151936)
+    | {"num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "qwen3_vl_text": _sizes(4096, 22016, 32, 32, 32, 128000, 151936) | _QWEN3_VL,
+    "qwen3_vl_moe_text": _sizes(2048, 5632, 24, 16, 16, 128000, 151936)
+    | _QWEN3_VL
     | {
-        "head_dim": 256,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,
-        "rope_theta": 1000000.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
+        "num_local_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": True,
     },
+    "gemma2": _GEMMA | {"vocab_size": 256000, "max_position_embeddings": 8192},
+    "gemma3_text": _GEMMA,
+    "phi3": _sizes(3072, 8192, 32, 32, 32, 4096, 32064) | {"rms_norm_eps": 1e-5},
 }
 _FAMILIES = {
     "llama": LLAMA,
