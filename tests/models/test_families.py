@@ -41,6 +41,14 @@ GLM4_MOE = {
     "moe_intermediate_size": 32,
     "routed_scaling_factor": 1.5,
 }
+DOTS1 = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
@@ -59,6 +67,18 @@ CASES = {
         "tie_word_embeddings": True,
     },
     "Qwen3": {"head_dim": 32},
+    "Ministral": {
+        "head_dim": 32,
+        "sliding_window": 30,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    },
+    "Gemma": {"head_dim": 32},
+    "Gemma with biases, its own head": {
+        "head_dim": 16,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu",
+    },
     "Gemma2": GEMMA,
     "Gemma3": {**GEMMA, "num_hidden_layers": 7},
     "Gemma2 with biases": GEMMA | {"attention_bias": True, "hidden_activation": "gelu"},
@@ -128,6 +148,25 @@ CASES = {
     "Glm4Moe": GLM4_MOE | {"attention_bias": True},
     "Glm4Moe in groups, normed heads": GLM4_MOE
     | {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2, "norm_topk_prob": False},
+    "Dots1": DOTS1,
+    "Dots1 in groups, windows": DOTS1
+    | {
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "sliding_window": 30,
+        "max_window_layers": 2,
+        "head_dim": 32,
+    },
+    "MiniMaxM2": {
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 32,
+    },
+    "MiniMaxM2 turned whole": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Granite": GRANITE,
     "Granite with biases, tied": GRANITE
     | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -148,6 +187,13 @@ CASES = {
             "sliding_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
             "full_attention": ROPE,
         },
+    },
+    "FlexOlmo": {"num_experts": 6, "num_experts_per_tok": 3},
+    "FlexOlmo renormalized, biases": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
     },
     "Olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
     "Olmoe renormalized": {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},

@@ -73,3 +73,9 @@ def test_phi3_of_spring_2024_has_its_window(layers: int, context: int, window: i
     config = told("phi3", attention__sliding_window=None, **values)
     assert config.windows == ((window,) * layers if window else ())
     assert told("phi3", attention__sliding_window=0, **values).windows == ()
+
+
+def test_layers_of_deepseek_that_predict_further_tokens_are_not_its_own() -> None:
+    """The converter counts those of GLM-4.7-Flash among the blocks."""
+    config = told("deepseek3", block_count=4, nextn_predict_layers=1)
+    assert config.layers == 3 and config.moe is not None and max(config.moe.layers) == 2

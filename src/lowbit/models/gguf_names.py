@@ -106,7 +106,7 @@ GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}
 )
 
-# gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
+# gpt-oss, GLM-4.5 and Seed-OSS: the same norm as Llama's, under another name.
 POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
 # Qwen3-Next. Files have Q, K, V and z in one matrix as checkpoints do (ssm_in), or Q, K and V, each of all
@@ -129,4 +129,9 @@ QWEN_NEXT_GGUF_NAMES = POST_NORM_GGUF_NAMES | _of_layers(
 FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"})
 BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+)
+
+MINIMAX_GGUF_NAMES = GGUF_NAMES | _of_layers({"mlp.e_score_correction_bias": "exp_probs_b.bias"})
+HUNYUAN_GGUF_NAMES = GGUF_NAMES | _of_layers(
+    {f"mlp.shared_mlp.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
 )

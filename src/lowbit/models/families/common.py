@@ -15,13 +15,15 @@ UNUSED = (
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def layer_types(types: object, layers: int, known: tuple[str, ...] = (FULL, SLIDING)) -> list[str]:
-    """What config.json's ``layer_types`` list, each of the kinds that are ``known``."""
+def layer_types(
+    types: object, layers: int, known: tuple[str, ...] = (FULL, SLIDING), key: str = "layer_types"
+) -> list[str]:
+    """What config.json's ``layer_types``, or another ``key``, list, each of the kinds that are ``known``."""
     if not isinstance(types, list) or len(types) != layers:
         count = len(types) if isinstance(types, list) else "no"
         raise LowbitError(
             "E0216",
-            f"config.json: key 'layer_types' lists {count} layers and the model has {layers}; take the "
+            f"config.json: key {key!r} lists {count} layers and the model has {layers}; take the "
             "config of the original model",
         )
     for kind in types:

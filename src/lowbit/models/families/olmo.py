@@ -1,7 +1,7 @@
-"""OLMo 2 and 3 (OLMo Team, 2024, 2025) and OLMoE (Muennighoff et al., 2024).
+"""OLMo 2 and 3 (OLMo Team, 2024, 2025), OLMoE (Muennighoff et al., 2024) and FlexOlmo (Shi et al., 2025).
 
-OLMo 2 and 3 have no norms before attention and MLP, only after them. All three norm Q and K whole, over all
-heads together.
+OLMo 2 and 3 have no norms before attention and MLP, only after them; FlexOlmo is OLMo 2 with experts. All
+norm Q and K whole, over all heads together.
 """
 
 from __future__ import annotations
@@ -84,6 +84,19 @@ def _olmoe(header: CheckpointHeader) -> ModelConfig:
     )
 
 
+def _flex_olmo(header: CheckpointHeader) -> ModelConfig:
+    config, keys = replace(_biased(header, 500000.0), norm_names=_NORMS), json_keys(header)
+    moe = MoeConfig(
+        keys.size("num_experts", keys.size("num_local_experts", 7)),
+        keys.size("num_experts_per_tok", 5),
+        config.intermediate_size,
+        frozenset(range(config.layers)),
+        renormalize=keys.flag("norm_topk_prob", False),
+    )
+    return replace(config, moe=moe)
+
+
 OLMO2 = Family("olmo2", _olmo2, build, GEMMA_GGUF_NAMES, False, UNUSED)
 OLMO3 = Family("olmo3", _olmo3, build, GEMMA_GGUF_NAMES, False, UNUSED)
 OLMOE = Family("olmoe", _olmoe, build, GGUF_NAMES, False, UNUSED)
+FLEX_OLMO = Family("flex_olmo", _flex_olmo, build, GEMMA_GGUF_NAMES, False, UNUSED)
