@@ -57,6 +57,16 @@ GROWING = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+QWEN35 = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]},
+    "shared_expert_intermediate_size": 48,
+}
+VISION35 = QWEN_VISION | {"num_position_embeddings": 16}
 CASES: dict[str, dict[str, Any]] = {
     "Qwen2VL": {
         "text_config": {"rope_parameters": MROPE},
@@ -71,6 +81,8 @@ CASES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": MROPE, **MIXTURE},
         "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     },
+    "Qwen3_5": {"text_config": QWEN35, "vision_config": VISION35},
+    "Qwen3_5Moe": {"text_config": QWEN35 | MIXTURE, "vision_config": VISION35},
     "Gemma3": {
         "text_config": {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 48},
         "vision_config": SIGLIP,
@@ -198,6 +210,8 @@ TEXT_CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "qwen3_vl_text": "Qwen3VLText",
     "qwen3_vl_moe_text": "Qwen3VLMoeText",
+    "qwen3_5_text": "Qwen3_5Text",
+    "qwen3_5_moe_text": "Qwen3_5MoeText",
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text",
     "phi3": "Phi3",

@@ -109,14 +109,18 @@ GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
 # gpt-oss, GLM-4.5 and Seed-OSS: the same norm as Llama's, under another name.
 POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
-# Qwen3-Next. Files have Q, K, V and z in one matrix as checkpoints do (ssm_in), or Q, K and V, each of all
-# heads in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's weight but ssm_norm's.
+# Qwen3-Next and Qwen3.5. Files of the first have Q, K, V and z in one matrix as checkpoints do (ssm_in), or
+# Q, K and V, each of all heads in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's
+# weight but ssm_norm's. Qwen3.5's value heads are tiled: value head j of key head g is number
+# j * (key heads) + g of the file, in matrices (columns of ssm_out too), vectors and ssm_conv1d.
 QWEN_NEXT_GGUF_NAMES = POST_NORM_GGUF_NAMES | _of_layers(
     {
         "linear_attn.in_proj_qkvz": "ssm_in",
         "linear_attn.in_proj_qkv": "attn_qkv",
         "linear_attn.in_proj_z": "attn_gate",
         "linear_attn.in_proj_ba": "ssm_ba",
+        "linear_attn.in_proj_b": "ssm_beta",
+        "linear_attn.in_proj_a": "ssm_alpha",
         "linear_attn.conv1d": "ssm_conv1d",
         "linear_attn.A_log": "ssm_a",
         "linear_attn.dt_bias": "ssm_dt.bias",

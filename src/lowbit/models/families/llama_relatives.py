@@ -24,7 +24,7 @@ from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import ConfigKeys, architecture_of, gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import SLIDING, UNUSED, layer_types, windows_in_gguf
-from lowbit.models.families.spelling import aliases, respelled
+from lowbit.models.families.spelling import aliases, respelled, untold
 from lowbit.models.gguf_names import (
     BITNET_GGUF_NAMES,
     GEMMA_GGUF_NAMES,
@@ -138,7 +138,7 @@ def _bitnet(header: CheckpointHeader) -> ModelConfig:
 
 
 def _seed_oss(header: CheckpointHeader) -> ModelConfig:
-    config = base_config(_untold(header, head_dim=128))
+    config = base_config(untold(header, head_dim=128))
     if header.container == "gguf":
         return config
     keys = json_keys(header)
@@ -150,13 +150,8 @@ def _seed_oss(header: CheckpointHeader) -> ModelConfig:
     )
 
 
-def _untold(header: CheckpointHeader, **values: object) -> CheckpointHeader:
-    """With what a config.json without these keys means; null is a value of its own."""
-    return replace(header, config=values | header.config)
-
-
 def _ernie(header: CheckpointHeader) -> ModelConfig:
-    config = base_config(_untold(header, head_dim=128), theta=500000.0, tied=True)
+    config = base_config(untold(header, head_dim=128), theta=500000.0, tied=True)
     config = replace(config, rotates_neighbours=True)
     if header.container == "gguf":
         return config

@@ -17,6 +17,7 @@ from lowbit.models.families.gemma import GEMMA2, GEMMA3
 from lowbit.models.families.llama import LLAMA, MINISTRAL3, MISTRAL, MIXTRAL
 from lowbit.models.families.phi import PHI3
 from lowbit.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from lowbit.models.families.qwen_next import QWEN3_5, QWEN3_5_MOE
 from lowbit.models.registry import Family
 
 Json = dict[str, object]
@@ -69,6 +70,8 @@ _DEFAULTS: dict[str, Json] = {
         "moe_intermediate_size": 1408,
         "norm_topk_prob": True,
     },
+    "qwen3_5_text": _sizes(4096, 12288, 32, 16, 4, 32768, 248320),
+    "qwen3_5_moe_text": _sizes(2048, 512, 40, 16, 2, 32768, 248320),
     "gemma2": _GEMMA | {"vocab_size": 256000, "max_position_embeddings": 8192},
     "gemma3_text": _GEMMA,
     "phi3": _sizes(3072, 8192, 32, 32, 32, 4096, 32064) | {"rms_norm_eps": 1e-5},
@@ -87,6 +90,8 @@ _FAMILIES = {
     "qwen3_vl_text": QWEN3,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_vl_moe_text": QWEN3_MOE,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
