@@ -66,6 +66,34 @@ QWEN35 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]},
     "shared_expert_intermediate_size": 48,
 }
+HALF = {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+GLM_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "depth": 1,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "image_size": 16,
+}
+CHOSEN = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
 VISION35 = QWEN_VISION | {"num_position_embeddings": 16}
 CASES: dict[str, dict[str, Any]] = {
     "Qwen2VL": {
@@ -83,6 +111,26 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "Qwen3_5": {"text_config": QWEN35, "vision_config": VISION35},
     "Qwen3_5Moe": {"text_config": QWEN35 | MIXTURE, "vision_config": VISION35},
+    "Glm4v": {"text_config": {"rope_parameters": MROPE | HALF}, "vision_config": GLM_VISION},
+    "Glm46V": {
+        "text_config": {"model_type": "glm4v_text", "rope_parameters": MROPE | HALF},
+        "vision_config": GLM_VISION,
+    },
+    "Glm4vMoe": {
+        "text_config": CHOSEN | {"rope_parameters": MROPE | HALF},
+        "vision_config": GLM_VISION,
+    },
+    "Kimi_K25": {
+        "text_config": {"model_type": "deepseek_v3"} | CHOSEN | LATENT,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "patch_size": 4,
+        },
+        "tie_word_embeddings": False,
+    },
     "Gemma3": {
         "text_config": {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 48},
         "vision_config": SIGLIP,
@@ -122,6 +170,12 @@ def make(case: str, folder: Path) -> transformers.PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**{**TOKENS, **values, "text_config": text})
     model = randomized(getattr(transformers, f"{name}ForConditionalGeneration")(config))
     model.save_pretrained(folder)
+    if name == "Kimi_K25":  # the renaming of its vision blocks takes the text's layers along
+        path = folder / "model.safetensors"
+        tensors = {
+            k.replace("_model.model.blocks.", "_model.model.layers."): t for k, t in load_file(path).items()
+        }
+        save_file(tensors, path)
     return model
 
 
@@ -212,6 +266,7 @@ TEXT_CLASSES = {
     "qwen3_vl_moe_text": "Qwen3VLMoeText",
     "qwen3_5_text": "Qwen3_5Text",
     "qwen3_5_moe_text": "Qwen3_5MoeText",
+    "glm4v_text": "Glm4vText",
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text",
     "phi3": "Phi3",

@@ -13,7 +13,9 @@ from dataclasses import replace
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.models.config import ModelConfig
+from lowbit.models.families.deepseek import DEEPSEEK
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
+from lowbit.models.families.glm import GLM4, GLM4_MOE
 from lowbit.models.families.llama import LLAMA, MINISTRAL3, MISTRAL, MIXTRAL
 from lowbit.models.families.phi import PHI3
 from lowbit.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -72,6 +74,12 @@ _DEFAULTS: dict[str, Json] = {
     },
     "qwen3_5_text": _sizes(4096, 12288, 32, 16, 4, 32768, 248320),
     "qwen3_5_moe_text": _sizes(2048, 512, 40, 16, 2, 32768, 248320),
+    # Whose class knows no part of a head but all of it, unless told.
+    "glm4v_text": _sizes(4096, 13696, 40, 32, 2, 32768, 151552)
+    | {"rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0, "attention_bias": True},
+    "glm4v_moe_text": _sizes(4096, 10944, 46, 96, 8, 65536, 151424)
+    | {"rms_norm_eps": 1e-5, "attention_bias": True, "n_routed_experts": 128, "n_shared_experts": 1}
+    | {"moe_intermediate_size": 1408, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
     "gemma2": _GEMMA | {"vocab_size": 256000, "max_position_embeddings": 8192},
     "gemma3_text": _GEMMA,
     "phi3": _sizes(3072, 8192, 32, 32, 32, 4096, 32064) | {"rms_norm_eps": 1e-5},
@@ -92,10 +100,16 @@ _FAMILIES = {
     "qwen3_vl_moe_text": QWEN3_MOE,
     "qwen3_5_text": QWEN3_5,
     "qwen3_5_moe_text": QWEN3_5_MOE,
+    "glm4v_text": GLM4,
+    "glm4v_moe_text": GLM4_MOE,
+    "deepseek_v3": DEEPSEEK,
+    "kimi_k2": DEEPSEEK,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
 }
+# Where the class of the language model alone tells what its config leaves out.
+_CLASSES = dict.fromkeys(("deepseek_v3", "kimi_k2"), "DeepseekV3ForCausalLM")
 
 
 def text_header(header: CheckpointHeader) -> CheckpointHeader:
@@ -103,7 +117,11 @@ def text_header(header: CheckpointHeader) -> CheckpointHeader:
     whole = header.config
     nested = whole.get("text_config")
     text: Json = dict(nested) if isinstance(nested, dict) else dict(whole)
-    config = _DEFAULTS.get(str(text.get("model_type")), {}) | text
+    kind = str(text.get("model_type"))
+    config = _DEFAULTS.get(kind, {}) | text
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if kind == "glm4v_text" and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        config["head_dim"] = hidden // heads  # whatever else is said
     told = {holder["tie_word_embeddings"] for holder in (config, whole) if "tie_word_embeddings" in holder}
     if len(told) != 1:  # nothing, or the two contradict each other, as classes' defaults do
         stored = any(name.rpartition(".")[0].endswith("lm_head") for name in header.tensors)
@@ -114,7 +132,8 @@ def text_header(header: CheckpointHeader) -> CheckpointHeader:
         section = config.get(key)
         if isinstance(section, dict) and "mrope" in (section.get("rope_type"), section.get("type")):
             config[key] = section | {"rope_type": "default", "type": "default"}
-    return replace(header, config=config | {"architectures": whole.get("architectures")})
+    classes = [_CLASSES[kind]] if kind in _CLASSES else whole.get("architectures")
+    return replace(header, config=config | {"architectures": classes})
 
 
 def text_family(header: CheckpointHeader) -> Family:
