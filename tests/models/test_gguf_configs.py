@@ -75,6 +75,12 @@ def test_phi3_of_spring_2024_has_its_window(layers: int, context: int, window: i
     assert told("phi3", attention__sliding_window=0, **values).windows == ()
 
 
+@pytest.mark.parametrize("name", ["exaone4", "exaone_moe"])
+def test_layers_that_predict_further_tokens_are_not_the_models_own(name: str) -> None:
+    config = told(name, block_count=3, nextn_predict_layers=1)
+    assert config.layers == 2 and len(config.windows) == 2
+
+
 def test_layers_of_deepseek_that_predict_further_tokens_are_not_its_own() -> None:
     """The converter counts those of GLM-4.7-Flash among the blocks."""
     config = told("deepseek3", block_count=4, nextn_predict_layers=1)

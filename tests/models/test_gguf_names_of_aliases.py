@@ -7,7 +7,7 @@ import re
 import gguf
 import pytest
 
-from lowbit.models.families import gemma, glm, llama_relatives, minimax, plain_mlp
+from lowbit.models.families import exaone_moe, gemma, glm, llama_relatives, minimax, plain_mlp
 from lowbit.models.registry import Family
 
 FAMILIES = [
@@ -31,6 +31,7 @@ FAMILIES = [
     (llama_relatives.HUNYUAN_MOE, "HUNYUAN_MOE"),
     (glm.DOTS1, "DOTS1"),
     (minimax.MINIMAX_M2, "MINIMAXM2"),
+    (exaone_moe.EXAONE_MOE, "EXAONE_MOE"),
 ]
 
 
@@ -64,7 +65,7 @@ def test_names(family: Family, arch: str) -> None:
     # Of BitNet's norms the table may have the first checkpoints' names only.
     allowed |= {stem for name, stem in BITNET_NORMS.items() if known.get_name(name) is None}
     assert wanted - found <= allowed | {
-        stem for stem in wanted if any(part in stem for part in ("exps", "gate_inp", "exp_probs"))
+        stem for stem in wanted if any(part in stem for part in ("exps", "gate_inp", "exp_probs", "nextn"))
     }
 
 

@@ -53,6 +53,7 @@ ARCHITECTURES = {
     "minicpm": "minicpm",
     "exaone": "exaone",
     "exaone4": "exaone4",
+    "exaone_moe": "exaone-moe",
     "seed_oss": "seed_oss",
     "ernie4_5": "ernie4_5",
     "hunyuan_dense": "hunyuan-dense",
@@ -79,8 +80,8 @@ SEEING = {
     "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
 }
 # Families whose windows have a key, and those whose files also list the layers that have one.
-_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
-_PATTERNED = ("olmo3", "exaone4")
+_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "exaone_moe", "gpt_oss")
+_PATTERNED = ("olmo3", "exaone4", "exaone_moe")
 # Windows that GGUF files of the family have no key for: left out, and told.
 UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
 # Architectures that llama.cpp loads with a head of their own only: a tied one is written twice.
@@ -153,13 +154,13 @@ def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, obje
     values: dict[str, object] = {"expert_count": moe.experts, "expert_used_count": moe.per_token}
     if family not in ("mixtral", "granitemoe", "olmoe"):
         values["expert_feed_forward_length"] = moe.intermediate_size
-    if family in ("qwen2_moe", "granitemoe", "hunyuan_moe") and moe.shared_size:
+    if family in ("qwen2_moe", "granitemoe", "hunyuan_moe", "exaone_moe") and moe.shared_size:
         values["expert_shared_feed_forward_length"] = moe.shared_size
     if family == "hunyuan_moe":
         values["expert_shared_count"] = moe.shared_size // config.intermediate_size
     if moe.routing == "group_sigmoid":
         values["expert_gating_func"] = 2
-    if family in ("glm4_moe", "deepseek", "dots1"):
+    if family in ("glm4_moe", "deepseek", "dots1", "exaone_moe"):
         values |= {
             "expert_shared_count": moe.shared_size // moe.intermediate_size,
             "leading_dense_block_count": config.layers - len(moe.layers),
@@ -191,7 +192,7 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
             return values
         case "cohere" | "cohere2":
             return {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
-        case "nemotron" if config.rope_scaling.kind == "none":
+        case "nemotron" | "exaone_moe" if config.rope_scaling.kind == "none":
             return {"rope.scaling.type": "none"}
         case "stablelm" | "gpt_neox":
             return {"use_parallel_residual": config.parallel}

@@ -135,7 +135,8 @@ BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
 )
 
-MINIMAX_GGUF_NAMES = GGUF_NAMES | _of_layers({"mlp.e_score_correction_bias": "exp_probs_b.bias"})
+# MiniMax-M2 and K-EXAONE: the correction lies beside the router, not in it.
+CORRECTED_GGUF_NAMES = GGUF_NAMES | _of_layers({"mlp.e_score_correction_bias": "exp_probs_b.bias"})
 HUNYUAN_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {f"mlp.shared_mlp.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
 )

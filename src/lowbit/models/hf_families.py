@@ -307,6 +307,18 @@ def _exaone4(header: CheckpointHeader, config: ModelConfig) -> Json:
     return values | whole
 
 
+def _exaone_moe(header: CheckpointHeader, config: ModelConfig) -> Json:
+    moe, values = _moe(config), _exaone4(header, config) | _class("exaone_moe", "ExaoneMoeForCausalLM")
+    values |= _grouped_experts(config)
+    for key in ("n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"):
+        del values[key]
+    return values | {
+        "num_experts": moe.experts,
+        "num_shared_experts": moe.shared_size // moe.intermediate_size,
+        "mlp_layer_types": ["sparse" if n in moe.layers else "dense" for n in range(config.layers)],
+    }
+
+
 def _starcoder2(header: CheckpointHeader, config: ModelConfig) -> Json:
     return _class("starcoder2", "Starcoder2ForCausalLM") | {
         "norm_epsilon": shortest(config.norm_eps),
@@ -453,6 +465,7 @@ FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "glm4": _glm4,
     "glm4moe": _glm4_moe,
     "exaone4": _exaone4,
+    "exaone-moe": _exaone_moe,
     "seed_oss": _seed_oss,
     "ernie4_5": _ernie,
     "hunyuan-dense": _hunyuan,

@@ -99,11 +99,13 @@ def _exaone(header: CheckpointHeader) -> ModelConfig:
     )
 
 
-def _exaone4(header: CheckpointHeader) -> ModelConfig:
+def exaone4(header: CheckpointHeader) -> ModelConfig:
     """Without windows (the 1.2B) every layer rotates."""
     config = base_config(header)
     in_gguf = header.container == "gguf"
     keys = gguf_keys(header) if in_gguf else json_keys(header)
+    if in_gguf:  # layers that predict further tokens are counted, and lie behind the model's own
+        config = replace(config, layers=config.layers - keys.count("nextn_predict_layers", 0))
     key = "attention.sliding_window" if in_gguf else "sliding_window"
     window = keys.count(key) if key in keys.values else 0 if in_gguf else 4096
     windows: tuple[int, ...] = ()
@@ -262,7 +264,7 @@ MINICPM = Family("minicpm", _minicpm, build, GGUF_NAMES, True, UNUSED)
 EXAONE = Family(
     "exaone", _exaone, build, GGUF_NAMES, False, (*UNUSED, r"transformer\.rotary\.inv_freq"), _EXAONE
 )
-EXAONE4 = Family("exaone4", _exaone4, build, GEMMA_GGUF_NAMES, False, UNUSED)
+EXAONE4 = Family("exaone4", exaone4, build, GEMMA_GGUF_NAMES, False, UNUSED, prediction_layers=True)
 SEED_OSS = Family("seed_oss", _seed_oss, build, POST_NORM_GGUF_NAMES, False, UNUSED)
 ERNIE = Family("ernie4_5", _ernie, build, GGUF_NAMES, False, UNUSED)
 HUNYUAN = Family("hunyuan_dense", _hunyuan, build, GGUF_NAMES, False, UNUSED, _HUNYUAN)

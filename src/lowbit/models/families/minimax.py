@@ -14,7 +14,7 @@ from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED
 from lowbit.models.families.spelling import respelled
-from lowbit.models.gguf_names import MINIMAX_GGUF_NAMES
+from lowbit.models.gguf_names import CORRECTED_GGUF_NAMES
 from lowbit.models.registry import Family
 
 _SIGMOID = 2  # GGUF's expert_gating_func
@@ -75,7 +75,7 @@ MINIMAX_M2 = Family(
     "minimax_m2",
     _minimax_m2,
     build,
-    MINIMAX_GGUF_NAMES,
+    CORRECTED_GGUF_NAMES,
     False,
     (*UNUSED, _PREDICTION),
     _ALIASES,
