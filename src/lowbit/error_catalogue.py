@@ -433,8 +433,9 @@ CATALOGUE: dict[str, Entry] = {
         "more ranks than can share the heads",
         "With --tp-size each rank has whole attention heads. Query heads that share a K/V head stay "
         "together where there are as many K/V heads as ranks; else each K/V head is held by several "
-        "ranks, the same number for all. So it is with value heads and key heads of linear attention.",
-        "Use one of the sizes the message lists.",
+        "ranks, the same number for all. So it is with value heads and key heads of linear attention, "
+        "which GGUF files of Qwen3.5 have in an order that ranks cannot share.",
+        "Use one of the sizes the message lists; of Qwen3.5 the model's safetensors.",
     ),
     "E0431": Entry(
         "a layer that so many ranks cannot share",

@@ -176,7 +176,18 @@ def test_logits_and_states_are_the_same(scheme: str, tmp_path: Path) -> None:
 
 
 DENSE = [
-    *("Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3 partial rotary", "Mistral", "Glm4", "Granite", "Olmo3"),
+    *(
+        "Qwen2",
+        "Qwen3",
+        "Gemma",
+        "Gemma2",
+        "Gemma3",
+        "Phi3 partial rotary",
+        "Mistral",
+        "Glm4",
+        "Granite",
+        "Olmo3",
+    ),
     *("StableLm", "StableLm side by side, normed heads", "SmolLM3", "Cohere normed heads", "Cohere2"),
 ]
 
@@ -377,7 +388,7 @@ def test_few_plans_and_little_memory(tmp_path: Path) -> None:
 
 MIXTURES = [
     *("Mixtral", "Qwen3Moe", "Qwen3Moe with dense layers", "GptOss", "Qwen2Moe", "GraniteMoeShared", "Olmoe"),
-    "Glm4Moe in groups, normed heads",
+    *("Glm4Moe in groups, normed heads", "MiniMaxM2"),
 ]
 LATENT = ["DeepseekV2 native, biases", "DeepseekV3 native, rotated halves", "DeepseekV2 lite, yarn, native"]
 
@@ -403,6 +414,18 @@ def test_every_mixture_of_experts(family: str, tmp_path: Path) -> None:
 def test_quantized_mixtures(fixture: str) -> None:
     capture = check(lambda: load_model(open_checkpoint(str(FIXTURES / fixture)), device="cpu"))
     assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+
+
+@pytest.mark.parametrize(
+    "fixture",
+    [
+        *("gguf_more_families/hunyuan_dense", "gguf_more_families/seed_oss"),
+        *("gguf_recurrent_families/qwen35", "gguf_recurrent_families/qwen35moe"),
+    ],
+)
+def test_norms_behind_rotations_and_heads_in_another_order(fixture: str) -> None:
+    capture = check(lambda: load_model(open_checkpoint(str(FIXTURES / f"{fixture}.gguf")), device="cpu"))
+    assert not capture.refusal and capture.replayed
 
 
 def test_latent_rows_with_a_scale(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ OTHERS: dict[str, dict[str, object]] = {
     "Olmo2": {},
     "StableLm": {"use_qkv_bias": True},
     "Cohere": {"use_qk_norm": True},
+    "Nemotron": {},
+    "MiniMaxM2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
     "Granite": {"residual_multiplier": 0.4, "embedding_multiplier": 3.0},
     "Qwen2Moe": {
         "num_experts": 4,

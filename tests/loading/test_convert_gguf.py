@@ -48,6 +48,7 @@ OWN = (
 OTHERWISE = {
     "phi3_longrope": {"phi3.attention.sliding_window"},  # beyond the context, and left out
     "glm4moe": {"glm4moe.block_count", "glm4moe.nextn_predict_layers"},  # without those that predict
+    "hunyuan_moe": {"tokenizer.ggml.seperator_token_id"},  # of the config, which the tokenizer has not
     "falcon_7b": {"falcon.context_length"},  # 2048 to the converter, whatever config.json says
     "falcon_40b": {"falcon.context_length"},
     # Those of layers it does not have, and a list for a number that is the same in all of them.

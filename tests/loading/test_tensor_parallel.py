@@ -133,6 +133,11 @@ CASES: dict[str, Callable[[Path], Path]] = {
     "norms of whole projections": lambda folder: _family(folder, "Olmo2"),
     "norms of whole projections, K shared": lambda folder: _family(folder, "Olmo2", num_key_value_heads=1),
     "halves side by side, heads' norms": lambda folder: _family(folder, "Cohere", use_qk_norm=True),
+    "heads' norms behind the rotation": lambda folder: _family(folder, "HunYuanDenseV1", head_dim=16),
+    "no gate, squared, norms with an offset": lambda folder: _family(folder, "Nemotron"),
+    "experts chosen by sigmoids, norms of whole projections": lambda folder: _family(
+        folder, "MiniMaxM2", num_local_experts=4, num_experts_per_tok=2, rotary_dim=8
+    ),
     "learned positions, transposed": lambda folder: _gpt2(folder),
     "sinks, experts with biases": lambda folder: experts_float(folder, "GptOss"),
     "shared expert with a gate": lambda folder: experts_float(folder, "Qwen2Moe"),

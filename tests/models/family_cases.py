@@ -32,7 +32,7 @@ SIZES = {
 
 
 def randomized(model: Any, seed: int = 5) -> Any:
-    """The model with random weights; no norm is 1 and no bias 0."""
+    """The model with random weights; no norm is 1, no bias and no correction of a router 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -40,6 +40,9 @@ def randomized(model: Any, seed: int = 5) -> Any:
             parameter.uniform_(0.5, 1.5, generator=generator) if one else parameter.normal_(
                 0, 0.15, generator=generator
             )
+        for name, buffer in sorted(model.named_buffers()):
+            if "correction" in name:
+                buffer.uniform_(-0.25, 0.25, generator=generator)
     return model.eval()
 
 

@@ -82,6 +82,13 @@ CASES = {
     },
     "DeepseekV3 native, biases": {**NATIVE, **GROUPS, "attention_bias": True, "rope_parameters": YARN},
     "DeepseekV3 native, rotated halves": {**NATIVE, **GROUPS, "rope_interleave": False},
+    "Glm4MoeLite": {"q_lora_rank": 32, "num_attention_heads": 5, "num_key_value_heads": 5},
+    "Glm4MoeLite native, in groups": {
+        **NATIVE,
+        **GROUPS,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "rope_interleave": False,
+    },
     "DeepseekV3 native, as wide as published": {
         **GROUPS,
         "kv_lora_rank": 512,

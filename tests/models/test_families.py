@@ -41,6 +41,14 @@ GLM4_MOE = {
     "moe_intermediate_size": 32,
     "routed_scaling_factor": 1.5,
 }
+DOTS1 = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
@@ -59,6 +67,18 @@ CASES = {
         "tie_word_embeddings": True,
     },
     "Qwen3": {"head_dim": 32},
+    "Ministral": {
+        "head_dim": 32,
+        "sliding_window": 30,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    },
+    "Gemma": {"head_dim": 32},
+    "Gemma with biases, its own head": {
+        "head_dim": 16,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu",
+    },
     "Gemma2": GEMMA,
     "Gemma3": {**GEMMA, "num_hidden_layers": 7},
     "Gemma2 with biases": GEMMA | {"attention_bias": True, "hidden_activation": "gelu"},
@@ -128,6 +148,25 @@ CASES = {
     "Glm4Moe": GLM4_MOE | {"attention_bias": True},
     "Glm4Moe in groups, normed heads": GLM4_MOE
     | {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2, "norm_topk_prob": False},
+    "Dots1": DOTS1,
+    "Dots1 in groups, windows": DOTS1
+    | {
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "sliding_window": 30,
+        "max_window_layers": 2,
+        "head_dim": 32,
+    },
+    "MiniMaxM2": {
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 32,
+    },
+    "MiniMaxM2 turned whole": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Granite": GRANITE,
     "Granite with biases, tied": GRANITE
     | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -148,6 +187,13 @@ CASES = {
             "sliding_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
             "full_attention": ROPE,
         },
+    },
+    "FlexOlmo": {"num_experts": 6, "num_experts_per_tok": 3},
+    "FlexOlmo renormalized, biases": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
     },
     "Olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
     "Olmoe renormalized": {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
@@ -241,6 +287,12 @@ WRONG = [
         },
         "partial_rotary_factor 1 in layers with a window and 0.5 in the others",
     ),
+    ("MiniMaxM2", {"use_qk_norm": False}, "use_qk_norm false is not supported"),
+    ("MiniMaxM2", {"scoring_func": "softmax"}, "scoring_func must be 'sigmoid'"),
+    ("MiniMaxM2", {"attn_type_list": [1, 0, 1, 1]}, "attn_type_list has layers of linear attention"),
+    ("MiniMaxM2", {"shared_intermediate_size": 64}, "a shared expert is not supported for MiniMax-M2"),
+    ("HunYuanMoEV1", {"moe_topk": [1, 1, 2, 1]}, "'moe_topk' differs from layer to layer"),
+    ("HunYuanMoEV1", {"use_cla": True}, "use_cla true (layers that share K and V) is not supported"),
     ("Cohere2", {"sliding_window": "wide"}, "'sliding_window' must be a whole number"),
     ("StableLm", {"layer_norm_eps": 0}, "norm epsilon 0"),
     ("StableLm", {"use_parallel_residual": "yes"}, "'use_parallel_residual' must be true or false"),
@@ -273,8 +325,20 @@ LEFT_OUT = {
     "Mixtral": ("rope_parameters",),
     "Cohere": ("rope_parameters", "tie_word_embeddings", "logit_scale"),
     "BitNet": ("rope_parameters", "hidden_act"),
-    "GptOss": ("rope_parameters",),
+    "GptOss": ("rope_parameters", "head_dim"),
+    "Qwen3": ("head_dim",),
+    "Qwen3Next": ("head_dim",),
+    "Glm": ("head_dim",),
+    "Glm4": ("head_dim",),
+    "Ministral3": ("rope_parameters", "head_dim"),
+    "DeepseekV3": ("n_group", "topk_group"),
     "Mistral": ("sliding_window",),
+    "Gemma": ("hidden_act", "tie_word_embeddings", "head_dim"),
+    "SeedOss": ("attention_bias", "head_dim"),
+    "Ernie4_5": ("tie_word_embeddings", "head_dim", "rope_parameters"),
+    "MiniMaxM2": ("rope_parameters", "rotary_dim", "head_dim"),
+    "Nemotron": ("hidden_act", "rope_parameters"),
+    "Dots1": ("norm_topk_prob", "sliding_window", "max_window_layers", "layer_types"),
     "Qwen2 with windows, tied": ("sliding_window",),
 }
 
@@ -291,6 +355,23 @@ def test_what_a_config_leaves_out_is_what_its_class_takes(case: str, tmp_path: P
     rewrite(tmp_path, {"architectures": [f"{case.split()[0]}ForCausalLM"]})
     header = open_checkpoint(str(tmp_path))
     assert found == family_of(header).config_of(header)
+
+
+@pytest.mark.parametrize("case", ["Qwen2", "Qwen3"])
+def test_dual_chunk_attention_is_served_up_to_its_first_chunk(case: str, tmp_path: Path) -> None:
+    """Whose tokens see each other as in any model."""
+    make_config(case).save_pretrained(tmp_path)
+    save_file({"unused": torch.ones(1)}, tmp_path / "model.safetensors")
+    for local, context in ((64, 192), (0, 256), (256, None)):
+        chunks = {"chunk_size": 256, "local_size": local, "original_max_position_embeddings": 256}
+        told = {"architectures": [f"{case}ForCausalLM"], "dual_chunk_attention_config": chunks}
+        rewrite(tmp_path, told)
+        header = open_checkpoint(str(tmp_path))
+        if context is None:
+            with pytest.raises(LowbitError, match="local_size 256 of chunk_size 256"):
+                family_of(header).config_of(header)
+        else:
+            assert family_of(header).config_of(header).context_length == context
 
 
 def test_a_recipe_added_to_a_newer_config(tmp_path: Path) -> None:

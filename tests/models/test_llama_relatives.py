@@ -19,10 +19,38 @@ from lowbit.loading import load_model, plan_model
 from models.family_cases import SIZES, check_logits, randomized, saved, write_checkpoint
 
 Json = dict[str, Any]
+ALPHA: Json = {"type": "dynamic", "rope_type": "dynamic", "rope_theta": 500.0, "factor": 1.0, "alpha": 20.0}
+EXAONE_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 CASES: dict[str, Json] = {
     "Exaone4 with windows": {"sliding_window": 20, "num_hidden_layers": 6, "sliding_window_pattern": 4},
     "Exaone4 by letters": {"sliding_window": 30, "sliding_window_pattern": 2, "head_dim": 32},
+    "ExaoneMoe": {**EXAONE_MOE, "sliding_window": 20, "num_hidden_layers": 6},
+    "ExaoneMoe in groups, other layers": {
+        **EXAONE_MOE,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "num_shared_experts": 2,
+        "sliding_window": 30,
+        "sliding_window_pattern": 2,
+        "mlp_layer_types": ["sparse", "dense", "sparse", "dense"],
+        "head_dim": 32,
+    },
     "BitNet": {},
+    "SeedOss": {"head_dim": 32},
+    "SeedOss with other biases": {
+        "head_dim": 16,
+        "attention_bias": False,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "Ernie4_5": {"head_dim": 32},
+    "Ernie4_5 with biases": {"head_dim": None, "use_bias": True, "tie_word_embeddings": False},
+    "HunYuanDenseV1": {"head_dim": 32, "rope_parameters": ALPHA},
+    "HunYuanDenseV1 with biases": {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16},
+    "HunYuanMoEV1": {"num_experts": 6, "moe_topk": 3, "head_dim": 16, "rope_parameters": ALPHA},
+    "HunYuanMoEV1 listed": {"num_experts": 4, "moe_topk": [2, 2, 2, 2], "head_dim": 32},
 }
 
 

@@ -1,4 +1,4 @@
-"""Families with LayerNorm and an MLP of two matrices, against transformers on tiny random checkpoints."""
+"""Families with an MLP of two matrices, against transformers on tiny random checkpoints."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ CASES: dict[str, Json] = {
     "Falcon in turn, heads of their own": FALCON
     | {"parallel_attn": False, "multi_query": False, "bias": True, "ffn_hidden_size": 80},
     "Falcon untied": FALCON | {"tie_word_embeddings": False},
+    "Arcee": SIZES,
+    "Arcee with biases, tied": SIZES
+    | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 32},
+    "Nemotron": SIZES,
+    "Nemotron with biases": SIZES
+    | {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "gelu",
+        "head_dim": 32,
+        "norm_eps": 0.05,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+    },
     "GPTNeoX": NEOX,
     "GPTNeoX in turn": NEOX
     | {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False},

@@ -31,6 +31,8 @@ FAMILIES = [
     "GPTNeoX",
     "GPT2",
     "Qwen2VL",
+    "HunYuanDenseV1",
+    "Nemotron",
 ]
 PROMPT = list(range(3, 60))
 
@@ -48,6 +50,7 @@ def make(family: str, folder: Path) -> CheckpointHeader:
         wide = {
             key: value for key, value in WIDE.items() if "Falcon" not in family or key != "intermediate_size"
         }
+        wide |= {"head_dim": 32} if family == "HunYuanDenseV1" else {}
         saved(family.split()[0], folder, **PLAIN_MLP.get(family, SIZES) | wide)
     return open_checkpoint(str(folder))
 

@@ -1,5 +1,5 @@
-"""Qwen3-Next against transformers in float32, on random tiny checkpoints it saved: whole prompts, steps,
-chunks, several sequences in a batch; and the configs that cannot be."""
+"""Qwen3-Next and Qwen3.5 against transformers in float32, on random tiny checkpoints it saved: whole prompts,
+steps, chunks, several sequences in a batch; and the configs that cannot be."""
 
 from __future__ import annotations
 
@@ -53,14 +53,29 @@ CASES: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
     "odd value heads, dense": {"linear_value_head_dim": 20, "linear_num_value_heads": 2, "num_experts": 0},
+    "Qwen3_5": {},
+    "Qwen3_5 with biases, other layers, tied": {
+        "attention_bias": True,
+        "layer_types": ["full_attention", *["linear_attention"] * 3, "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "Qwen3_5Moe": {"linear_conv_kernel_dim": 3},
 }
+# What the classes of Qwen3.5 have no key for.
+NOT_35 = ("mlp_only_layers", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+NOT_35 += ("shared_expert_intermediate_size",)
 TOLERANCE = 1e-4  # of the largest logit of a row, as of the other families
 
 
-def make_checkpoint(folder: Path, **changes: object) -> transformers.PreTrainedModel:
+def make_checkpoint(folder: Path, kind: str = "Qwen3Next", **changes: object) -> transformers.PreTrainedModel:
     """Random weights, saved by transformers."""
     torch.manual_seed(5)
-    model = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**SIZES | changes)).eval()
+    without = {"Qwen3Next": (), "Qwen3_5": NOT_35, "Qwen3_5Moe": ("mlp_only_layers", "intermediate_size")}[
+        kind
+    ]
+    values = {key: value for key, value in (SIZES | changes).items() if key not in without}
+    config = getattr(transformers, f"{kind}{'Config' if kind == 'Qwen3Next' else 'TextConfig'}")(**values)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "linear_attn.norm" in name:
@@ -75,6 +90,11 @@ def make_checkpoint(folder: Path, **changes: object) -> transformers.PreTrainedM
                 parameter.normal_(0, 0.15)
     model.save_pretrained(folder)
     return model
+
+
+def kind_of(case: str) -> str:
+    """The class of a case."""
+    return case.split()[0] if case.startswith("Qwen") else "Qwen3Next"
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -102,7 +122,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, kernel: str, tmp_path: Path) -> None:
-    oracle = make_checkpoint(tmp_path, **CASES[case])
+    oracle = make_checkpoint(tmp_path, kind_of(case), **CASES[case])
     given = prompts(1, 3, 45, 150)
     for prompt, logits in zip(given, prompt_logits(loaded(tmp_path), given), strict=True):
         with torch.no_grad():

@@ -1,5 +1,6 @@
-"""Qwen3-Next that two ranks share, beside the same model in one process: heads that divide and that do not,
-fused projections in every order and kind of scheme they are stored in, and what a rank reads and keeps."""
+"""Qwen3-Next and Qwen3.5 that two ranks share, beside the same model in one process: heads that divide and
+that do not, fused projections in every order and kind of scheme they are stored in, and what a rank reads.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +98,9 @@ CASES: dict[str, Callable[[Path], Path]] = {
     "int8 inputs by token": partial(quantized, method="w8a8_int8", **SIZES),
     "act-order": partial(by_hand, quantize=with_act_order, config=GPTQ),
     "scales of columns": partial(by_hand, quantize=lambda weight: by_columns(weight, 32), config=HQQ),
+    "Qwen3.5": partial(made, kind="Qwen3_5", **SIZES | THREE),
+    "Qwen3.5 with experts": partial(made, kind="Qwen3_5Moe", **SIZES),
+    "Qwen3.5, int4 in groups": partial(quantized, method="int4:group_size=32", kind="Qwen3_5", **SIZES),
     "GGUF": lambda folder: FOLDER / "qwen3next.gguf",
     "GGUF, fused as it was": lambda folder: rewritten(folder / "m.gguf", fused=True),
 }

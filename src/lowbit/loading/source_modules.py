@@ -30,6 +30,7 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.loading.planner import PlannedEmbedding
 from lowbit.models.config import ModelConfig
 from lowbit.models.deepseek import DeepseekConfig
+from lowbit.models.gguf_metadata import SHIFTED_NORMS
 from lowbit.models.hf_config import hf_config
 from lowbit.models.hf_names import (
     fused_in_folders,
@@ -320,11 +321,13 @@ class _Walk(Asker):
         self.family, self.config = opened.family, opened.config
         self.in_gguf = opened.header.container == "gguf"
         self.parts: list[SourceModule | SourceVector] = []
-        self.mixtral = opened.config.moe is not None and opened.family.name == "llama"
+        # GGUF calls Mixtral llama; transformers writes MiniMax-M2 under its names, too.
+        experts = opened.config.moe is not None and self.in_gguf
+        self.mixtral = experts and opened.family.name in ("llama", "minimax_m2")
         self.mlx = isinstance(opened.config, QwenNextConfig) and opened.config.mlx
         # Where norm weights are read with 1 added that transformers adds by itself.
-        gemma = self.in_gguf and opened.family.name in ("gemma2", "gemma3")
-        self.norm_shift = -1.0 if gemma or self.mlx else 0.0
+        shifted = self.in_gguf and opened.family.name in SHIFTED_NORMS
+        self.norm_shift = -1.0 if shifted or self.mlx else 0.0
         self._heads: list[Placed] = []  # of K's half of an up projection that is in two halves
         self._kv = KvScales(opened.header)
         self.has_kv_scales = False

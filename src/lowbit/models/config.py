@@ -28,8 +28,9 @@ class MoeConfig:
     ``routing``: ``softmax_top_k``, ``top_k_softmax``, ``group_softmax`` or ``group_sigmoid`` (DeepSeek-V2's
     and -V3's; ``groups`` and ``kept_groups`` are for them). ``renormalize``: the weights sum to 1, as
     ``top_k_softmax``'s always do; then they are multiplied by ``scale``. ``router``: the router's name under
-    the MLP. ``shared_size``: the width of the MLP beside the experts, ``shared``; where ``shared_gate`` names
-    a row, times its sigmoid.
+    the MLP; ``correction``: under it, what ``group_sigmoid`` adds before it chooses, "" where that is the
+    router's. ``shared_size``: the width of the MLP beside the experts, ``shared``; where ``shared_gate``
+    names a row, times its sigmoid.
     """
 
     experts: int
@@ -40,6 +41,7 @@ class MoeConfig:
     renormalize: bool = True
     router: str = "gate"
     router_bias: bool = False
+    correction: str = ""
     groups: int = 1
     kept_groups: int = 1
     scale: float = 1.0
@@ -115,6 +117,7 @@ class ModelConfig:
     # A norm of Q and K before the rotation: over each head ("head"), over all of a projection ("projection"),
     # or a LayerNorm over each head with weights of its own ("layer").
     qk_norm: str = ""
+    norms_rotated: bool = False  # that norm comes after the rotation (HunYuan)
     rotates_neighbours: bool = False  # dimensions 2j and 2j + 1 turn together, not j and j + half
     unrotated: frozenset[int] = frozenset()  # layers without a rotary embedding
     norm_offset: float = 0.0  # added to every norm weight (Gemma in safetensors stores weight - 1)

@@ -124,12 +124,13 @@ class Decoder(LanguageModel[Block]):
         config = self.config
         heads = block.qkv(hidden).view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if block.q_norm is not None and block.k_norm is not None:
-            block.q_norm.of_heads(q)
-            block.k_norm.of_heads(k)
+        if not config.norms_rotated:
+            _norm_heads(block, q, k)
         if block.rotary is not None:
             turns_neighbours = config.rotates_neighbours
             apply_rotary(q, k, block.rotary, batch.positions, turns_neighbours, block.head_norms)
+        if config.norms_rotated:
+            _norm_heads(block, q, k)
         if block.q_rotator is not None:
             block.q_rotator.in_place(q)
         if block.k_rotator is not None:
@@ -143,6 +144,13 @@ class Decoder(LanguageModel[Block]):
             cache.kernel.write(cache, k, v, batch)
             attended = cache.kernel.attend(q, cache, batch, block.attention)
         return attended if block.output_norm is None else block.output_norm(attended, out=attended)
+
+
+def _norm_heads(block: Block, q: Tensor, k: Tensor) -> None:
+    """Heads (tokens, heads, head_dim) in place, where their norms do not go with the rotation."""
+    if block.q_norm is not None and block.k_norm is not None:
+        block.q_norm.of_heads(q)
+        block.k_norm.of_heads(k)
 
 
 def _divided(heads: Tensor, scale: float) -> Tensor:
@@ -225,7 +233,8 @@ def _block(
     q_rotator, k_rotator = loader.head_rotations(attention, config.head_dim)
     q_norm = _head_norm(config, loader, f"{attention}.q_norm", config.heads, heads)
     k_norm = _head_norm(config, loader, f"{attention}.k_norm", config.kv_heads, kv_heads)
-    both = None if rotary is None else head_norms(q_norm, k_norm, config.head_dim)
+    apart = rotary is None or config.norms_rotated
+    both = None if apart else head_norms(q_norm, k_norm, config.head_dim)
     return Block(
         attention_norm=norm(names.attention),
         qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, cuts, attention)),

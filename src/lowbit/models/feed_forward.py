@@ -59,7 +59,7 @@ def feed_forward(config: ModelConfig, loader: WeightLoader, layer: int) -> FeedF
         shared_gate = loader.linear(row.name, [row])
     return MixtureOfExperts(
         loader.linear(router.name, [router]),
-        _route(moe, loader, router.name),
+        _route(moe, loader, mlp),
         loader.experts(f"{mlp}.experts", spec),
         config.activation,
         shared,
@@ -98,12 +98,13 @@ def norm_of_inner(loader: WeightLoader, weight: Tensor, eps: float, cut: Cut | N
     return Norm(here, eps, parallel=loader.parallel, whole=len(weight), counts=cut.first_of_its_kind)
 
 
-def _route(moe: MoeConfig, loader: WeightLoader, router: str) -> Route:
+def _route(moe: MoeConfig, loader: WeightLoader, mlp: str) -> Route:
     match moe.routing:
         case "top_k_softmax":
             return top_k_softmax(moe.per_token)
         case "group_sigmoid":
-            correction = loader.vector(f"{router}.e_score_correction_bias", moe.experts)
+            name = moe.correction or f"{moe.router}.e_score_correction_bias"
+            correction = loader.vector(f"{mlp}.{name}", moe.experts)
             return group_limited_sigmoid(
                 moe.per_token, moe.groups, moe.kept_groups, moe.renormalize, moe.scale, correction
             )

@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "phi3": "phi3",
@@ -52,6 +53,15 @@ ARCHITECTURES = {
     "minicpm": "minicpm",
     "exaone": "exaone",
     "exaone4": "exaone4",
+    "exaone_moe": "exaone-moe",
+    "seed_oss": "seed_oss",
+    "ernie4_5": "ernie4_5",
+    "hunyuan_dense": "hunyuan-dense",
+    "hunyuan_moe": "hunyuan-moe",
+    "dots1": "dots1",
+    "minimax_m2": "minimax-m2",
+    "arcee": "arcee",
+    "nemotron": "nemotron",
     "starcoder2": "starcoder2",
     "phi": "phi2",
     "falcon": "falcon",
@@ -70,8 +80,8 @@ SEEING = {
     "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
 }
 # Families whose windows have a key, and those whose files also list the layers that have one.
-_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
-_PATTERNED = ("olmo3", "exaone4")
+_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "exaone_moe", "gpt_oss")
+_PATTERNED = ("olmo3", "exaone4", "exaone_moe")
 # Windows that GGUF files of the family have no key for: left out, and told.
 UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
 # Architectures that llama.cpp loads with a head of their own only: a tied one is written twice.
@@ -81,7 +91,7 @@ WITH_OWN_HEAD = frozenset(
     }
 )
 # Families whose norms GGUF holds with 1 added.
-SHIFTED_NORMS = ("gemma2", "gemma3")
+SHIFTED_NORMS = ("gemma", "gemma2", "gemma3", "nemotron")
 
 
 def architecture_for(family: str, header: CheckpointHeader) -> str:
@@ -112,7 +122,7 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
     # Both where llama.cpp's converter and what reads its files do not agree on one.
     if config.layer_norm or family == "exaone":
         values["attention.layer_norm_epsilon"] = config.norm_eps
-    if not config.layer_norm or family in ("cohere", "cohere2"):
+    if not config.layer_norm or family in ("cohere", "cohere2", "nemotron"):
         values["attention.layer_norm_rms_epsilon"] = config.norm_eps
     if not config.learned_positions:
         values |= {"rope.freq_base": config.rope_theta, "rope.dimension_count": config.rotary_dim}
@@ -142,11 +152,15 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
 
 def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, object]:
     values: dict[str, object] = {"expert_count": moe.experts, "expert_used_count": moe.per_token}
-    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "deepseek"):
+    if family not in ("mixtral", "granitemoe", "olmoe"):
         values["expert_feed_forward_length"] = moe.intermediate_size
-    if family in ("qwen2_moe", "granitemoe") and moe.shared_size:
+    if family in ("qwen2_moe", "granitemoe", "hunyuan_moe", "exaone_moe") and moe.shared_size:
         values["expert_shared_feed_forward_length"] = moe.shared_size
-    if family in ("glm4_moe", "deepseek"):
+    if family == "hunyuan_moe":
+        values["expert_shared_count"] = moe.shared_size // config.intermediate_size
+    if moe.routing == "group_sigmoid":
+        values["expert_gating_func"] = 2
+    if family in ("glm4_moe", "deepseek", "dots1", "exaone_moe"):
         values |= {
             "expert_shared_count": moe.shared_size // moe.intermediate_size,
             "leading_dense_block_count": config.layers - len(moe.layers),
@@ -178,6 +192,8 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
             return values
         case "cohere" | "cohere2":
             return {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
+        case "nemotron" | "exaone_moe" if config.rope_scaling.kind == "none":
+            return {"rope.scaling.type": "none"}
         case "stablelm" | "gpt_neox":
             return {"use_parallel_residual": config.parallel}
         case "falcon":

@@ -106,17 +106,21 @@ GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}
 )
 
-# gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
+# gpt-oss, GLM-4.5 and Seed-OSS: the same norm as Llama's, under another name.
 POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
-# Qwen3-Next. Files have Q, K, V and z in one matrix as checkpoints do (ssm_in), or Q, K and V, each of all
-# heads in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's weight but ssm_norm's.
+# Qwen3-Next and Qwen3.5. Files of the first have Q, K, V and z in one matrix as checkpoints do (ssm_in), or
+# Q, K and V, each of all heads in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's
+# weight but ssm_norm's. Qwen3.5's value heads are tiled: value head j of key head g is number
+# j * (key heads) + g of the file, in matrices (columns of ssm_out too), vectors and ssm_conv1d.
 QWEN_NEXT_GGUF_NAMES = POST_NORM_GGUF_NAMES | _of_layers(
     {
         "linear_attn.in_proj_qkvz": "ssm_in",
         "linear_attn.in_proj_qkv": "attn_qkv",
         "linear_attn.in_proj_z": "attn_gate",
         "linear_attn.in_proj_ba": "ssm_ba",
+        "linear_attn.in_proj_b": "ssm_beta",
+        "linear_attn.in_proj_a": "ssm_alpha",
         "linear_attn.conv1d": "ssm_conv1d",
         "linear_attn.A_log": "ssm_a",
         "linear_attn.dt_bias": "ssm_dt.bias",
@@ -129,4 +133,10 @@ QWEN_NEXT_GGUF_NAMES = POST_NORM_GGUF_NAMES | _of_layers(
 FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"})
 BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+)
+
+# MiniMax-M2 and K-EXAONE: the correction lies beside the router, not in it.
+CORRECTED_GGUF_NAMES = GGUF_NAMES | _of_layers({"mlp.e_score_correction_bias": "exp_probs_b.bias"})
+HUNYUAN_GGUF_NAMES = GGUF_NAMES | _of_layers(
+    {f"mlp.shared_mlp.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
 )

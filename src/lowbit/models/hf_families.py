@@ -110,6 +110,11 @@ def _windows(config: ModelConfig) -> Json:
     return {"layer_types": kinds, "sliding_window": max(config.windows)}
 
 
+def _gemma(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "GemmaForCausalLM")
+    return _class("gemma", "GemmaForCausalLM")
+
+
 def _gemma2(header: CheckpointHeader, config: ModelConfig) -> Json:
     scale = config.attention_scale or config.head_dim**-0.5
     values = _class("gemma2", "Gemma2ForCausalLM") | {
@@ -251,12 +256,67 @@ def _glm4_moe(header: CheckpointHeader, config: ModelConfig) -> Json:
     return values | _grouped_experts(config)
 
 
+def _dots1(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "Dots1ForCausalLM")
+    values = _class("dots1", "Dots1ForCausalLM") | _grouped_experts(config)
+    return values | {"sliding_window": None, "layer_types": ["full_attention"] * config.layers}
+
+
+def _minimax_m2(header: CheckpointHeader, config: ModelConfig) -> Json:
+    moe = _moe(config)
+    if config.qkv_bias or config.output_bias:
+        raise _unsayable(header, "attention has a bias, which MiniMaxM2ForCausalLM has not")
+    return _class("minimax_m2", "MiniMaxM2ForCausalLM") | {
+        "intermediate_size": moe.intermediate_size,
+        "rotary_dim": config.rotary_dim,
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": moe.per_token,
+    }
+
+
+def _seed_oss(header: CheckpointHeader, config: ModelConfig) -> Json:
+    own: Json = {"attention_out_bias": config.output_bias, "mlp_bias": config.mlp_bias}
+    return _class("seed_oss", "SeedOssForCausalLM") | own
+
+
+def _ernie(header: CheckpointHeader, config: ModelConfig) -> Json:
+    bias: Json = {"use_bias": _all_or_no_bias(header, config, "Ernie4_5ForCausalLM")}
+    return _class("ernie4_5", "Ernie4_5ForCausalLM") | bias
+
+
+def _hunyuan(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "HunYuanDenseV1ForCausalLM")
+    return _class("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM")
+
+
+def _hunyuan_moe(header: CheckpointHeader, config: ModelConfig) -> Json:
+    moe = _moe(config)
+    if {moe.intermediate_size, moe.shared_size} != {config.intermediate_size}:
+        raise _unsayable(
+            header, "the experts and the shared one are not of one width, as HunYuanMoEV1ForCausalLM has them"
+        )
+    experts: Json = {"num_experts": moe.experts, "moe_topk": moe.per_token}
+    return _hunyuan(header, config) | _class("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM") | experts
+
+
 def _exaone4(header: CheckpointHeader, config: ModelConfig) -> Json:
     values = _class("exaone4", "Exaone4ForCausalLM")
     if any(config.windows):
         return values | _windows(config)
     whole: Json = {"sliding_window": None, "layer_types": ["full_attention"] * config.layers}
     return values | whole
+
+
+def _exaone_moe(header: CheckpointHeader, config: ModelConfig) -> Json:
+    moe, values = _moe(config), _exaone4(header, config) | _class("exaone_moe", "ExaoneMoeForCausalLM")
+    values |= _grouped_experts(config)
+    for key in ("n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"):
+        del values[key]
+    return values | {
+        "num_experts": moe.experts,
+        "num_shared_experts": moe.shared_size // moe.intermediate_size,
+        "mlp_layer_types": ["sparse" if n in moe.layers else "dense" for n in range(config.layers)],
+    }
 
 
 def _starcoder2(header: CheckpointHeader, config: ModelConfig) -> Json:
@@ -275,6 +335,20 @@ def _all_or_no_bias(header: CheckpointHeader, config: ModelConfig, architecture:
             header, f"some layers have a bias and some have none, which no config of {architecture} says"
         )
     return biases.pop()
+
+
+def _arcee(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "ArceeForCausalLM")
+    return _class("arcee", "ArceeForCausalLM") | {"mlp_bias": config.mlp_bias}
+
+
+def _nemotron(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "NemotronForCausalLM")
+    return _class("nemotron", "NemotronForCausalLM") | {
+        "norm_eps": shortest(config.norm_eps),
+        "mlp_bias": config.mlp_bias,
+        "partial_rotary_factor": config.rotary_dim / config.head_dim,
+    }
 
 
 def _phi(header: CheckpointHeader, config: ModelConfig) -> Json:
@@ -374,6 +448,7 @@ FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3_moe,
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
@@ -390,6 +465,15 @@ FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "glm4": _glm4,
     "glm4moe": _glm4_moe,
     "exaone4": _exaone4,
+    "exaone-moe": _exaone_moe,
+    "seed_oss": _seed_oss,
+    "ernie4_5": _ernie,
+    "hunyuan-dense": _hunyuan,
+    "hunyuan-moe": _hunyuan_moe,
+    "dots1": _dots1,
+    "minimax-m2": _minimax_m2,
+    "arcee": _arcee,
+    "nemotron": _nemotron,
     "starcoder2": _starcoder2,
     "phi2": _phi,
     "falcon": _falcon,
@@ -419,5 +503,5 @@ WITHOUT = {
         *("rms_norm_eps", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act"),
         "attention_bias",
     ),
-    **dict.fromkeys(("command-r", "cohere2", "stablelm", "starcoder2", "phi2"), _LAYER_NORM),
+    **dict.fromkeys(("command-r", "cohere2", "stablelm", "starcoder2", "phi2", "nemotron"), _LAYER_NORM),
 }

@@ -11,8 +11,8 @@ import re
 
 from lowbit.models.registry import Family
 
-# Written as Llama or Granite; gpt-oss' aliases are of other tools.
-_CANONICAL = frozenset(("internlm2", "baichuan", "minicpm", "exaone", "gpt_oss"))
+# Written as Llama or Granite; gpt-oss' aliases are of other tools, K-EXAONE's are names in memory.
+_CANONICAL = frozenset(("internlm2", "baichuan", "minicpm", "exaone", "gpt_oss", "exaone_moe"))
 
 _QKV, _GATE_UP = "qkv_proj", "gate_up_proj"
 # In both: Q, K and V, or gate and up, one below another in GGUF.

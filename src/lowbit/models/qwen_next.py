@@ -1,8 +1,12 @@
-"""Qwen3-Next: blocks whose first half is a gated delta network or attention with an output gate.
+"""Qwen3-Next and Qwen3.5: blocks whose first half is a gated delta network or attention with an output gate.
 
 Gated DeltaNet (Yang et al., 2024) keeps a state of fixed size for each sequence in place of keys and values;
 what it computes between its projections is defined in ``kernels.recurrent``. The output of attention is
 multiplied by the sigmoid of a gate, which the query projection makes beside the queries, head by head.
+
+Qwen3.5 has the projections of a gated delta network apart. Its GGUF files have value heads in another order,
+all first ones of their key heads, then all second ones: what goes into the recurrence and comes out of it
+changes places there.
 
 A rank has whole heads of both: of a gated delta network value heads with their key head, the channels of the
 convolution that are theirs, and their states.
@@ -15,8 +19,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
-from lowbit.kernels.elementwise import HeadNorms, RotaryTable, affine, apply_rotary
+from lowbit.kernels.elementwise import HeadNorms, RotaryTable, affine, apply_rotary, gather_columns
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel
 from lowbit.kernels.recurrent import DeltaParameters, LayerMemory, LayerState, StateSpec
@@ -33,12 +38,13 @@ from lowbit.numerics.cache_format import KvDtype
 @dataclass(frozen=True)
 class QwenNextConfig(ModelConfig):
     """``recurrent``: the layers that are gated delta networks, with states of ``state``. ``gguf``: whether
-    vectors lie as in GGUF files; ``mlx``: as mlx-lm writes them, taps before the one input channel and 1
-    added to all norms but those of these layers."""
+    vectors lie as in GGUF files; ``tiled``: whether value heads do as in those of Qwen3.5; ``mlx``: as mlx-lm
+    writes them, taps before the one input channel and 1 added to all norms but those of these layers."""
 
     recurrent: frozenset[int] = frozenset()
     state: StateSpec = field(default_factory=lambda: StateSpec(1, 1, 1, 1, 1))
     gguf: bool = False
+    tiled: bool = False
     mlx: bool = False
 
 
@@ -69,17 +75,23 @@ class DeltaCuts:
 @dataclass(frozen=True)
 class DeltaNet:
     """``inner``: q, k, v, z, b and a in one (``recurrent.StateSpec.width`` rows), q, k, v, z of all heads in
-    turn; ``spec``: of the heads that are here."""
+    turn; ``spec``: of the heads that are here. ``places``: int64, where each of q to a lies in what ``inner``
+    gives, and each of what ``output`` takes in what the recurrence gives, if not just there."""
 
     spec: StateSpec
     inner: Linear
     output: Linear
     weights: DeltaParameters
+    places: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, state: LayerMemory, batch: ForwardBatch) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden)."""
         assert isinstance(state, LayerState), "a recurrent layer has a state"
-        return self.output(state.kernel.run(self.inner(x), state, batch, self.weights))
+        mixed = self.inner(x)
+        if self.places is None:
+            return self.output(state.kernel.run(mixed, state, batch, self.weights))
+        given = state.kernel.run(gather_columns(mixed, self.places[0]), state, batch, self.weights)
+        return self.output(gather_columns(given, self.places[1]))
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,12 @@ def build(config: ModelConfig, loader: WeightLoader) -> MixerModel:
     """The model, of what ``loader`` gives."""
     assert isinstance(config, QwenNextConfig), "read by this family"
     cuts = Cuts.of(config, loader.parallel, config.kv_heads)
+    if config.tiled and loader.parallel.size > 1:
+        raise LowbitError(
+            "E0430",
+            f"--tp-size {loader.parallel.size}: in GGUF files of Qwen3.5 the value heads of a key head lie "
+            "apart, and ranks cannot share them; use the model's safetensors, or one process",
+        )
     delta_cuts = DeltaCuts.of(config.state, loader.parallel) if config.recurrent else None
     rotary, _ = rotary_tables(config, loader)
 
@@ -140,14 +158,13 @@ def _delta_net(config: QwenNextConfig, loader: WeightLoader, cuts: DeltaCuts | N
     if cuts is not None:
         channels, heads = cuts.channels(state), cuts.values
         here = cuts.values.times(state.v_dim)
-    gates = Part(
-        f"{name}.in_proj_ba",
-        (2 * state.heads, hidden),
-        router=True,
-        rows=None if heads is None else (heads, heads),
-        groups=state.k_heads,
-        group_rows=(each, each),
-    )
+    if loader.has(f"{name}.in_proj_b"):
+        apart = (f"{name}.in_proj_b", f"{name}.in_proj_a")
+        gates = [Part(one, (state.heads, hidden), router=True, rows=heads) for one in apart]
+    else:
+        both = None if heads is None else (heads, heads)
+        part = Part(f"{name}.in_proj_ba", (2 * state.heads, hidden), router=True, rows=both)
+        gates = [replace(part, groups=state.k_heads, group_rows=(each, each))]
     if loader.has(f"{name}.in_proj_qkv"):
         parts = [
             Part(f"{name}.in_proj_qkv", (state.channels, hidden), rows=channels),
@@ -158,11 +175,27 @@ def _delta_net(config: QwenNextConfig, loader: WeightLoader, cuts: DeltaCuts | N
         rows = None if channels is None or here is None else (*channels, here)
         shape = (state.channels + values, hidden)
         parts = [Part(f"{name}.in_proj_qkvz", shape, rows=rows, groups=state.k_heads, group_rows=runs)]
-    inner = loader.linear(f"{name}.in_proj", [*parts, gates])
+    inner = loader.linear(f"{name}.in_proj", [*parts, *gates])
     output = Part(f"{name}.out_proj", (hidden, values), columns=here)
-    return DeltaNet(
-        spec, inner, loader.linear(output.name, [output]), _parameters(config, loader, cuts, name)
-    )
+    weights = _parameters(config, loader, cuts, name)
+    places = _places(state, loader.device) if config.tiled else None
+    return DeltaNet(spec, inner, loader.linear(output.name, [output]), weights, places)
+
+
+def _tiled(state: StateSpec, width: int) -> Tensor:
+    """int64: where each of the model's value heads, so wide, lies where all first ones come first."""
+    each = state.heads // state.k_heads
+    return torch.arange(state.heads * width).view(each, state.k_heads, width).transpose(0, 1).flatten()
+
+
+def _places(state: StateSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``DeltaNet.places`` of files whose value heads are tiled."""
+    keys = 2 * state.k_heads * state.k_dim
+    runs = [torch.arange(keys)]  # q and k
+    for width in (state.v_dim, state.v_dim, 1, 1):  # v, z, b, a
+        runs.append(_tiled(state, width) + sum(map(len, runs)))
+    back = _tiled(state, state.v_dim).argsort()
+    return torch.cat(runs).to(device), back.to(device)
 
 
 def _parameters(
@@ -175,6 +208,11 @@ def _parameters(
     taps = loader.vector(f"{name}.conv1d.weight", *shape).view(state.channels, state.taps)
     decay = loader.vector(f"{name}.A_log", state.heads)
     bias = loader.vector(f"{name}.dt_bias", state.heads)
+    if config.tiled:
+        heads, values = (_tiled(state, width).to(decay.device) for width in (1, state.v_dim))
+        keys = state.channels - len(values)
+        decay, bias = decay[heads], bias[heads]
+        taps = torch.cat([taps[:keys], taps[keys:][values]])
     if cuts is not None:
         runs = taps.split([cut.whole for cut in cuts.channels(state)])
         here = zip(runs, cuts.channels(state), strict=True)

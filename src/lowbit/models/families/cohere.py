@@ -12,7 +12,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.models.config import ModelConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.common import UNUSED, windows_by_types, windows_in_gguf
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -36,14 +36,14 @@ def _cohere(header: CheckpointHeader, theta: float = 500000.0) -> ModelConfig:
 
 
 def _cohere2(header: CheckpointHeader) -> ModelConfig:
-    config, period, types = _cohere(header, 10000.0), 4, None
+    config = _cohere(header, 10000.0)
     if header.container == "gguf":
-        window = gguf_keys(header).size("attention.sliding_window")
+        keys = gguf_keys(header)
+        windows = windows_in_gguf(keys, keys.size("attention.sliding_window"), config.layers, 4)
     else:
         keys = json_keys(header)
         window, types = keys.size("sliding_window", 4096), keys.values.get("layer_types")
-        period = keys.size("sliding_window_pattern", 4)
-    windows = windows_by_types(types, window, config.layers, period)
+        windows = windows_by_types(types, window, config.layers, keys.size("sliding_window_pattern", 4))
     return replace(
         config, windows=windows, unrotated=frozenset(n for n, seen in enumerate(windows) if not seen)
     )

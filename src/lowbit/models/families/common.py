@@ -15,13 +15,15 @@ UNUSED = (
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def layer_types(types: object, layers: int, known: tuple[str, ...] = (FULL, SLIDING)) -> list[str]:
-    """What config.json's ``layer_types`` list, each of the kinds that are ``known``."""
+def layer_types(
+    types: object, layers: int, known: tuple[str, ...] = (FULL, SLIDING), key: str = "layer_types"
+) -> list[str]:
+    """What config.json's ``layer_types``, or another ``key``, list, each of the kinds that are ``known``."""
     if not isinstance(types, list) or len(types) != layers:
         count = len(types) if isinstance(types, list) else "no"
         raise LowbitError(
             "E0216",
-            f"config.json: key 'layer_types' lists {count} layers and the model has {layers}; take the "
+            f"config.json: key {key!r} lists {count} layers and the model has {layers}; take the "
             "config of the original model",
         )
     for kind in types:
@@ -39,6 +41,21 @@ def windows_by_types(types: object, window: int, layers: int, period: int = 1) -
     if types is None:
         types = [FULL if n % period == period - 1 else SLIDING for n in range(layers)]
     return tuple(window if kind == SLIDING else 0 for kind in layer_types(types, layers))
+
+
+def windows_in_gguf(keys: ConfigKeys, window: int, layers: int, period: int) -> tuple[int, ...]:
+    """Each layer's window in a GGUF file, whose ``attention.sliding_window_pattern`` lists the layers that
+    have one or says how often one has none: every ``period``-th where there is no such key."""
+    key = "attention.sliding_window_pattern"
+    told = keys.values.get(key)
+    if not isinstance(told, list):
+        return windows_by_types(None, window, layers, keys.size(key, period))
+    if len(told) < layers:
+        raise LowbitError(
+            "E0216",
+            f"{keys.place}.{key} lists {len(told)} layers and the model has {layers}; the file is damaged",
+        )
+    return tuple(window if inside else 0 for inside in told[:layers])
 
 
 _FIRST_WINDOW = 28  # layer of Qwen's, where the config does not say: as transformers has it

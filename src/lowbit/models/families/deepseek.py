@@ -1,4 +1,4 @@
-"""DeepSeek V2, V3 and R1: latent attention, dense layers first, then experts chosen by groups.
+"""DeepSeek V2, V3 and R1, Kimi K2, GLM-4.7-Flash: latent attention, then experts chosen by groups.
 
 Sources: DeepSeek-V2 (2024), DeepSeek-V3 (2024), YaRN (Peng et al., 2023).
 """
@@ -13,17 +13,19 @@ from lowbit.errors import LowbitError, printable
 from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.deepseek import DeepseekConfig, build
-from lowbit.models.families.common import UNUSED
+from lowbit.models.families.common import UNUSED, layer_types
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import rope_keys
 
+LITE = "Glm4MoeLiteForCausalLM"  # GLM-4.7-Flash
 _SOFTMAX, _SIGMOID = 1, 2  # GGUF's expert_gating_func
 
 
 def read_config(header: CheckpointHeader) -> DeepseekConfig:
     """From config.json or GGUF metadata."""
-    base = base_config(header)
+    base = base_config(respelled(header, {"head_dim": "qk_rope_head_dim"}))
     if header.container == "gguf":
         return _from_gguf(base, gguf_keys(header), header)
     return _from_json(base, json_keys(header))
@@ -31,9 +33,8 @@ def read_config(header: CheckpointHeader) -> DeepseekConfig:
 
 def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
     nope, rope = keys.size("qk_nope_head_dim"), keys.size("qk_rope_head_dim")
-    scoring = keys.text(
-        "scoring_func", "sigmoid" if base.architecture.startswith("DeepseekV3") else "softmax"
-    )
+    third = base.architecture.startswith("DeepseekV3")
+    scoring = keys.text("scoring_func", "sigmoid" if third or base.architecture == LITE else "softmax")
     method = keys.text("topk_method", "noaux_tc" if scoring == "sigmoid" else "greedy")
     if (scoring, method) not in (
         ("sigmoid", "noaux_tc"),
@@ -45,10 +46,18 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             f"{keys.place}: routing by {printable(scoring)} and {printable(method)} is not supported; "
             "supported: sigmoid with noaux_tc, softmax with greedy or group_limited_greedy",
         )
-    groups = keys.size("n_group", 1) if method != "greedy" else 1
-    inner, dense = keys.size("moe_intermediate_size"), keys.count("first_k_dense_replace")
-    step = keys.size("moe_layer_freq", 1)
+    usual = (8, 4) if third else (1, 1)  # of the classes
+    groups, kept = (keys.size(key, n) for key, n in zip(("n_group", "topk_group"), usual, strict=True))
+    if method == "greedy":
+        groups = kept = 1
+    inner = keys.size("moe_intermediate_size")
     rope_section = rope_keys(keys)
+    part = rope_section.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    if part != 1:
+        raise LowbitError(
+            "E0242",
+            f"{keys.place}: partial_rotary_factor {part:g} is not supported beside qk_rope_head_dim",
+        )
     return widened(
         DeepseekConfig,
         base,
@@ -69,16 +78,26 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             keys.size("n_routed_experts"),
             keys.size("num_experts_per_tok"),
             inner,
-            frozenset(n for n in range(base.layers) if n >= dense and n % step == 0),
+            _sparse_layers(keys, base.layers),
             routing=_routing(scoring == "sigmoid", groups),
             # transformers' V2 never renormalizes; V3 does where the config says so.
             renormalize=scoring == "sigmoid" and keys.flag("norm_topk_prob", True),
             groups=groups,
-            kept_groups=keys.size("topk_group", 1) if method != "greedy" else 1,
+            kept_groups=kept,
             scale=keys.number("routed_scaling_factor"),
             shared_size=keys.count("n_shared_experts") * inner,
         ),
     )
+
+
+def _sparse_layers(keys: ConfigKeys, layers: int) -> frozenset[int]:
+    """Those with experts: as transformers 5 lists them for GLM-4.7-Flash, or behind the first few."""
+    kinds = keys.values.get("mlp_layer_types")
+    if kinds is not None:
+        listed = layer_types(kinds, layers, ("dense", "sparse"), key="mlp_layer_types")
+        return frozenset(n for n, kind in enumerate(listed) if kind == "sparse")
+    dense, step = keys.count("first_k_dense_replace"), keys.size("moe_layer_freq", 1)
+    return frozenset(n for n in range(layers) if n >= dense and n % step == 0)
 
 
 def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) -> DeepseekConfig:
@@ -94,10 +113,13 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
     if scaling.kind == "yarn" and mscale:
         scaling = replace(scaling, mscale=mscale, mscale_all_dim=mscale)
     sigmoid, groups = _is_sigmoid(keys, header), keys.size("expert_group_count", 1)
+    # Layers that predict further tokens are counted, and lie behind the model's own.
+    layers = base.layers - keys.count("nextn_predict_layers", 0)
     inner = keys.size("expert_feed_forward_length")
     return widened(
         DeepseekConfig,
         base,
+        layers=layers,
         head_dim=head,
         rotary_dim=rope,
         kv_heads=1,
@@ -112,7 +134,7 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
             keys.size("expert_count"),
             keys.size("expert_used_count"),
             inner,
-            frozenset(range(keys.count("leading_dense_block_count"), base.layers)),
+            frozenset(range(keys.count("leading_dense_block_count"), layers)),
             routing=_routing(sigmoid, groups),
             renormalize=keys.flag("expert_weights_norm", False),
             groups=groups,

@@ -14,6 +14,7 @@ from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_of
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import rope_keys
@@ -33,9 +34,25 @@ def _mistral(header: CheckpointHeader) -> ModelConfig:
     return replace(config, windows=windows_of(keys, config.layers, everywhere=True, absent=4096))
 
 
+# What a config.json of Ministral 3 that says nothing of rotary embeddings means.
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
 def _ministral3(header: CheckpointHeader) -> ModelConfig:
     """GGUF's ``mistral3``: Mistral Small 3 too, which has neither YaRN nor the factor."""
-    config = base_config(header)
+    if not header.config.get("rope_scaling"):
+        header = respelled(header, rope_parameters=_MINISTRAL3_ROPE)
+    config = base_config(respelled(header, head_dim=128))
     if header.container == "gguf":
         keys = gguf_keys(header)
         grows = keys.number("attention.temperature_scale", 0.0) != 0

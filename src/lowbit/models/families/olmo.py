@@ -1,7 +1,7 @@
-"""OLMo 2 and 3 (OLMo Team, 2024, 2025) and OLMoE (Muennighoff et al., 2024).
+"""OLMo 2 and 3 (OLMo Team, 2024, 2025), OLMoE (Muennighoff et al., 2024) and FlexOlmo (Shi et al., 2025).
 
-OLMo 2 and 3 have no norms before attention and MLP, only after them. All three norm Q and K whole, over all
-heads together.
+OLMo 2 and 3 have no norms before attention and MLP, only after them; FlexOlmo is OLMo 2 with experts. All
+norm Q and K whole, over all heads together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lowbit.layers.rotary import RopeScaling
 from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.common import UNUSED, windows_by_types, windows_in_gguf
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import local_rope
@@ -49,18 +49,15 @@ def _windowed(header: CheckpointHeader, config: ModelConfig) -> ModelConfig:
             return config
         window, scaling = keys.size("attention.sliding_window"), RopeScaling()
         theta = keys.number("rope.freq_base_swa", config.rope_theta)
-        types: object = None
-        pattern = keys.values.get("attention.sliding_window_pattern")
-        if isinstance(pattern, list):
-            types = ["sliding_attention" if inside else "full_attention" for inside in pattern]
+        windows = windows_in_gguf(keys, window, config.layers, 4)
     else:
         keys = json_keys(header)
         window = keys.size("sliding_window", 4096)
         theta, scaling = local_rope(keys, config.context_length, config.rope_theta)
-        types = keys.values.get("layer_types")
+        windows = windows_by_types(keys.values.get("layer_types"), window, config.layers, period=4)
     return replace(
         config,
-        windows=windows_by_types(types, window, config.layers, period=4),
+        windows=windows,
         local_rope_theta=theta,
         local_rope_scaling=scaling,
     )
@@ -87,6 +84,19 @@ def _olmoe(header: CheckpointHeader) -> ModelConfig:
     )
 
 
+def _flex_olmo(header: CheckpointHeader) -> ModelConfig:
+    config, keys = replace(_biased(header, 500000.0), norm_names=_NORMS), json_keys(header)
+    moe = MoeConfig(
+        keys.size("num_experts", keys.size("num_local_experts", 7)),
+        keys.size("num_experts_per_tok", 5),
+        config.intermediate_size,
+        frozenset(range(config.layers)),
+        renormalize=keys.flag("norm_topk_prob", False),
+    )
+    return replace(config, moe=moe)
+
+
 OLMO2 = Family("olmo2", _olmo2, build, GEMMA_GGUF_NAMES, False, UNUSED)
 OLMO3 = Family("olmo3", _olmo3, build, GEMMA_GGUF_NAMES, False, UNUSED)
 OLMOE = Family("olmoe", _olmoe, build, GGUF_NAMES, False, UNUSED)
+FLEX_OLMO = Family("flex_olmo", _flex_olmo, build, GEMMA_GGUF_NAMES, False, UNUSED)

@@ -12,12 +12,16 @@ from lowbit.models.families.common import UNUSED
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
+_LAYERS_OF_4K, _WINDOW_OF_4K = (32, 40), 2047  # Phi-3 mini and medium
+
 
 def _phi3(header: CheckpointHeader) -> ModelConfig:
     config = base_config(header)
     keys = gguf_keys(header) if header.container == "gguf" else json_keys(header)
     name = "attention.sliding_window" if header.container == "gguf" else "sliding_window"
-    window = keys.count(name, 0)
+    # GGUF files from before August 2024 have no such key; those of 4,096 tokens are of models with a window.
+    untold = header.container == "gguf" and not keys.has(name) and config.layers in _LAYERS_OF_4K
+    window = _WINDOW_OF_4K if untold and config.context_length == 4096 else keys.count(name, 0)
     windows = (window,) * config.layers if 0 < window < config.context_length else ()
     return replace(config, windows=windows)
 

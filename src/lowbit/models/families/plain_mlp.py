@@ -1,12 +1,15 @@
-"""Families with LayerNorm and an MLP of two matrices.
+"""Families with an MLP of two matrices, mostly with LayerNorm.
 
 GPT-2 (Radford et al., 2019), GPT-NeoX and Pythia (Black et al., 2022; Biderman et al., 2023), Falcon
-(Almazrouei et al., 2023), Phi-1 and Phi-2 (Li et al., 2023), StarCoder2 (Lozhkov et al., 2024).
+(Almazrouei et al., 2023), Phi-1 and Phi-2 (Li et al., 2023), StarCoder2 (Lozhkov et al., 2024), Nemotron and
+Minitron (NVIDIA, 2024), Arcee (Arcee AI, 2025).
 
     GPT-2       positions are learned vectors; matrices lie as (in, out)
     GPT-NeoX    Q, K and V of each head in turn; attention and MLP side by side, each with a norm
     Falcon      one K/V head (7B), or groups of queries with their K and V (40B); side by side
     Phi         attention and MLP side by side under one norm; the head has a bias
+    Nemotron    a squared ReLU; 1 is added to the norms' weights (in GGUF it already is)
+    Arcee       Llama with a squared ReLU in place of the gated activation
 """
 
 from __future__ import annotations
@@ -148,6 +151,26 @@ def _gpt2(header: CheckpointHeader) -> ModelConfig:
     return _plain(replace(config, unrotated=unrotated, learned_positions=True), header, True, activation)
 
 
+def _arcee(header: CheckpointHeader) -> ModelConfig:
+    config = replace(base_config(respelled(header, hidden_act="relu2")), gated=False)
+    if header.container == "gguf":
+        return replace(config, activation="relu2", mlp_bias="blk.0.ffn_up.bias" in header.tensors)
+    keys = json_keys(header)
+    bias = keys.flag("attention_bias", False)
+    return replace(config, qkv_bias=bias, output_bias=bias, mlp_bias=keys.flag("mlp_bias", False))
+
+
+def _nemotron(header: CheckpointHeader) -> ModelConfig:
+    spelled = respelled(header, {"rms_norm_eps": "norm_eps"}, hidden_act="relu2")
+    config = base_config(spelled, rotated=0.5)
+    if header.container == "gguf":
+        return _plain(config, header, False, "relu2")
+    keys = json_keys(header)
+    bias = keys.flag("attention_bias", False)
+    config = _plain(replace(config, norm_offset=1.0), header, bias, config.activation)
+    return replace(config, mlp_bias=keys.flag("mlp_bias", False))
+
+
 _GPT2_INSIDE = {
     "input_layernorm": "ln_1",
     "self_attn.qkv_proj": "attn.c_attn",
@@ -204,4 +227,6 @@ FALCON = Family("falcon", _falcon, build, FALCON_GGUF_NAMES, False, UNUSED, _FAL
 GPT_NEOX = Family(
     "gpt_neox", _gpt_neox, build, GGUF_NAMES, False, (*UNUSED, _MASKS), _GPT_NEOX, grouped_qkv=True
 )
+ARCEE = Family("arcee", _arcee, build, GGUF_NAMES, True, UNUSED)
+NEMOTRON = Family("nemotron", _nemotron, build, GGUF_NAMES, False, UNUSED)
 GPT2 = Family("gpt2", _gpt2, build, GGUF_NAMES, False, (*UNUSED, _MASKS), _GPT2, transposed=True)

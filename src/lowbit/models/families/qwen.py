@@ -10,6 +10,7 @@ from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import FULL, SLIDING, UNUSED, windows_by_types, windows_of
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -19,17 +20,41 @@ def _qwen2(header: CheckpointHeader) -> ModelConfig:
     if header.container == "gguf":
         return config
     keys = json_keys(header)
-    return replace(config, qkv_bias=True, windows=_windows(keys, config.layers))
+    context = _first_chunk(keys, config.context_length)
+    return replace(config, qkv_bias=True, windows=_windows(keys, config.layers), context_length=context)
+
+
+def _first_chunk(keys: ConfigKeys, context: int) -> int:
+    """How many tokens see each other as usual: dual chunk attention (An et al., 2024; the models of a million
+    tokens) gives others other positions, chunk by chunk, which lowbit's attention does not."""
+    chunks = keys.section("dual_chunk_attention_config")
+    if not chunks:
+        return context
+    inside = ConfigKeys(chunks, f"{keys.place}: dual_chunk_attention_config")
+    size, local = inside.size("chunk_size"), inside.count("local_size", 0)
+    if local >= size:
+        raise LowbitError("E0216", f"{inside.place}: local_size {local} of chunk_size {size}; it is damaged")
+    return min(context, size - local)
 
 
 def _qwen3(header: CheckpointHeader) -> ModelConfig:
+    return _qwen3_attention(respelled(header, head_dim=128))
+
+
+def _qwen3_attention(header: CheckpointHeader) -> ModelConfig:
     config = base_config(header)
     if header.container == "gguf":
         return replace(config, qk_norm="head")
     keys = json_keys(header)
     bias = keys.flag("attention_bias", False)
-    windows = _windows(keys, config.layers)
-    return replace(config, qkv_bias=bias, output_bias=bias, qk_norm="head", windows=windows)
+    return replace(
+        config,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        windows=_windows(keys, config.layers),
+        context_length=_first_chunk(keys, config.context_length),
+    )
 
 
 def _windows(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[int, ...]:
@@ -38,7 +63,7 @@ def _windows(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[i
 
 
 def _qwen3_moe(header: CheckpointHeader) -> ModelConfig:
-    config = _qwen3(header)
+    config = _qwen3_attention(header)
     if header.container == "gguf":
         keys = gguf_keys(header)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")

@@ -1,7 +1,9 @@
-"""Qwen3-Next (Qwen team, 2025): three of four layers are gated delta networks, the fourth attention with an
-output gate; experts everywhere, beside a shared one."""
+"""Qwen3-Next (Qwen team, 2025) and Qwen3.5 (2026): three of four layers are gated delta networks, the fourth
+attention with an output gate; experts everywhere, beside a shared one, or (Qwen3.5) plain MLPs."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
@@ -10,6 +12,7 @@ from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.families.common import FULL, UNUSED, layer_types
 from lowbit.models.families.qwen import sparse_layers
+from lowbit.models.families.spelling import respelled, untold
 from lowbit.models.gguf_names import QWEN_NEXT_GGUF_NAMES
 from lowbit.models.qwen_next import QwenNextConfig, build
 from lowbit.models.registry import Family
@@ -18,7 +21,7 @@ _TAKE = "take the config of the original model"
 
 
 def _qwen3_next(header: CheckpointHeader) -> ModelConfig:
-    base = base_config(header, rotated=0.25)
+    base = base_config(respelled(header, head_dim=256), rotated=0.25)
     if header.container == "gguf":
         return _from_gguf(base, gguf_keys(header))
     keys = json_keys(header)
@@ -53,6 +56,58 @@ def _qwen3_next(header: CheckpointHeader) -> ModelConfig:
         state=_state(keys, key_heads, value_heads, k_dim, v_dim, taps),
         recurrent=_recurrent(keys, base.layers),
     )
+
+
+_LINEAR = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_EXPERTS_35 = {
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+
+
+def _qwen3_5(header: CheckpointHeader) -> ModelConfig:
+    """Plain MLPs."""
+    if header.container == "gguf":
+        return _as_tiled(_qwen3_next(header))
+    return _qwen3_next(_gated(untold(replace(header, config=header.config | {"num_experts": 0}), **_LINEAR)))
+
+
+def _qwen3_5_moe(header: CheckpointHeader) -> ModelConfig:
+    """Every layer has experts, whose weights sum to 1; no MLP has a width of its own."""
+    if header.container == "gguf":
+        return _as_tiled(_qwen3_next(_wide(header)))
+    header = _gated(untold(header, **_LINEAR, **_EXPERTS_35))
+    always = {"intermediate_size": header.config["moe_intermediate_size"], "norm_topk_prob": True}
+    always |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return _qwen3_next(replace(header, config=header.config | always))
+
+
+def _gated(header: CheckpointHeader) -> CheckpointHeader:
+    """E0242 where attention has no output gate."""
+    keys = json_keys(header)
+    if not keys.flag("attn_output_gate", True):
+        raise LowbitError("E0242", f"{keys.place}: attn_output_gate false is not supported; only true is")
+    return header
+
+
+def _wide(header: CheckpointHeader) -> CheckpointHeader:
+    """Files of models without a plain MLP have no key for its width."""
+    width = gguf_keys(header).size("expert_feed_forward_length")
+    return replace(header, metadata={"qwen35moe.feed_forward_length": width} | header.metadata)
+
+
+def _as_tiled(config: ModelConfig) -> ModelConfig:
+    """A GGUF file's, whose value heads lie otherwise where a key head has several."""
+    assert isinstance(config, QwenNextConfig), "read by this family"
+    return replace(config, tiled=config.state.heads > config.state.k_heads > 1)
 
 
 def _is_mlx(header: CheckpointHeader, taps: int) -> bool:
@@ -166,3 +221,5 @@ QWEN3_NEXT = Family(
     (*UNUSED, _PREDICTION),
     prediction_layers=True,
 )
+QWEN3_5 = replace(QWEN3_NEXT, name="qwen3_5", read_config=_qwen3_5)
+QWEN3_5_MOE = replace(QWEN3_NEXT, name="qwen3_5_moe", read_config=_qwen3_5_moe)

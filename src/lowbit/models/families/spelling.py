@@ -29,6 +29,11 @@ def respelled(
     return replace(header, config=config)
 
 
+def untold(header: CheckpointHeader, **values: object) -> CheckpointHeader:
+    """config.json with what it means where these keys are not there; null is a value of its own."""
+    return replace(header, config=values | header.config)
+
+
 def aliases(
     layer: str, inside: Mapping[str, str], outside: Mapping[str, str] | None = None
 ) -> tuple[tuple[str, str], ...]:
