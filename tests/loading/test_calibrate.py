@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -180,6 +181,35 @@ def test_folding_scales_changes_no_logit(
     changed = [found for found in stream if isinstance(found, ChangedVector)]
     # OLMo 2 has no norm whose weight could take a scale over.
     assert changed or family == "Olmo2", "a fold that does nothing proves nothing"
+    before = prompt_logits(load_model(header, device="cpu"), text(7, 1))[0]
+    after = prompt_logits(quantized_model(header, stream, device="cpu"), text(7, 1))[0]
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen2Moe"])
+@pytest.mark.parametrize("kept", ["qkv?_proj", "(gate|up|gate_up)_proj"])
+def test_what_stays_float_follows_the_scales_of_what_it_feeds(
+    kept: str, family: str, checkpoints: dict[str, CheckpointHeader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V and up give their rows' scales away whether or not they are quantized themselves."""
+    folded = []
+    apply = block_module.apply_fold
+
+    def recorded(block: block_module.FloatBlock, fold: block_module.Fold, scales: Tensor) -> None:
+        folded.append(fold.producer)
+        apply(block, fold, scales)
+
+    def unrounded(linear: block_module.FloatLinear, _: CalibrationOptions) -> QuantizedTensor:
+        return QuantizedTensor(dense("f32"), tuple(linear.weight.shape), linear.weight.clone())
+
+    def keep(name: str) -> bool:
+        return re.search(rf"\.({kept.replace('qkv?', '([qkv]|qkv)')})$", name) is not None
+
+    monkeypatch.setattr(block_module, "apply_fold", recorded)
+    monkeypatch.setattr(block_module, "_quantize", unrounded)
+    header = checkpoints[family]
+    stream = list(calibrate(header, text(1, 2), options("awq", bits=3, scale_steps=4), keep=keep))
+    assert any("qkv" in name if "qkv" in kept else "gate_up" in name for name in folded)
     before = prompt_logits(load_model(header, device="cpu"), text(7, 1))[0]
     after = prompt_logits(quantized_model(header, stream, device="cpu"), text(7, 1))[0]
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import FineGrainedFP8Config, LlamaForCausalLM, MixtralForCausalLM
 
@@ -251,6 +252,47 @@ def test_calibration_leaves_alone_what_a_recipe_keeps(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="take all of them or none") as caught:
         load_model(header, device="cpu", quantization=Asked(f"gptq:{OPTIONS}", ignore="q_proj"))
     assert caught.value.code == "E0405"
+
+
+MIXED = {
+    "keep": 'quantization = "keep"',
+    "int8": 'quantization = "int8"\ngroup_size = 32',
+}
+# A norm that attention and MLP share scales both: the rows of Falcon's Q, K and V lie in groups, Cohere's not.
+SHARED_NORM: dict[str, dict[str, object]] = {
+    "Cohere": {"num_key_value_heads": 2},
+    "Falcon": {
+        **{"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+        **{"alibi": False, "intermediate_size": 512},
+    },
+}
+
+
+@pytest.mark.parametrize("family", SHARED_NORM)
+@pytest.mark.parametrize("other", MIXED)
+def test_other_modules_take_over_scales_of_awq(family: str, other: str, tmp_path: Path) -> None:
+    """Kept, or quantized by another method, in the rows of the file."""
+    sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    kind = getattr(transformers, f"{family}Config")
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}ForCausalLM")(kind(**{**sizes, **SHARED_NORM[family]}))
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
+            parameter.uniform_(0.3, 0.6) if norm else parameter.normal_(0, 0.1)
+            if norm:
+                parameter[torch.randperm(len(parameter))[:6]] *= 12  # loud channels: scales far from 1
+    model.save_pretrained(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    recipe = tmp_path / "recipe.toml"
+    rule = f'[[rule]]\nmodules = ["qkv_proj", "query_key_value"]\n{MIXED[other]}\n'
+    recipe.write_text(f'default = "awq:{OPTIONS},group_size=64"\n{rule}')
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=Asked(recipe_file=str(recipe)), save=tmp_path / "saved")
+    loaded = load_model(open_checkpoint(str(tmp_path / "saved")), device="cpu", strict=True)
+    wanted = prompt_logits(load_model(header, device="cpu"), [PROMPT])[0].float().log_softmax(-1)
+    found = prompt_logits(loaded, [PROMPT])[0].float().log_softmax(-1)
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.02
 
 
 def test_plans_of_calibrated_methods_need_no_text(tmp_path: Path, own_cache: Path) -> None:

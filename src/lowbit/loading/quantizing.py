@@ -48,7 +48,7 @@ _log = logging.getLogger("lowbit")
 
 Progress = Callable[[int, int, str], None]
 
-VERSION = 1  # of what a cached result depends on beside its inputs: raised when numerics change
+VERSION = 2  # of what a cached result depends on beside its inputs: raised when numerics change
 _SAMPLE = 4096
 # The format a method's users expect its checkpoints in; the first that can hold everything exactly is taken.
 _FORMATS: dict[str, tuple[str, ...]] = {
@@ -73,7 +73,8 @@ _USUAL = ("compressed-tensors", "gptq")
 class _Module:
     """A module as it will be written. ``source``: where its floats are, if it is not from calibration.
 
-    ``order``: which of the model's rows each written one is, where these come in another order.
+    ``order``: which of the model's rows, as calibration gives them, each written one is, where these come in
+    another order.
     """
 
     target: StoredModule
@@ -126,18 +127,13 @@ class Quantizing:
 
     def _planned(self, part: SourceModule) -> list[_Module]:
         decision = self.online.decide(part.place, part.scheme)
+        order = row_order(part.place, self.source.header) if part.place.groups else None
+        order = part.rows if order is None else order.argsort()
         if not self._is_calibrated(decision):
-            return [_Module(part.target, decision.scheme, part, decision)]
+            return [_Module(part.target, decision.scheme, part, decision, order)]
         if part.more or (part.rows is not None and not part.parts):
-            raise LowbitError(
-                "E0450",
-                f"{self.source.header.root.name}: {part.target.name} lies in other tensors than in a Hugging "
-                "Face folder, which calibration does not follow; lowbit convert --format dense makes one "
-                "to start from",
-            )
+            raise self._not_followed(part.target.name)
         if part.target.expert is None:
-            order = row_order(part.place, self.source.header) if part.place.groups else None
-            order = part.rows if order is None else order.argsort()
             return [_Module(part.target, decision.scheme, order=order)]
         # One of a stack of experts: calibrated ones are modules of their own, gate and up apart.
         name, (rows, columns) = part.place.part.name, part.target.shape
@@ -150,6 +146,13 @@ class Quantizing:
             _Module(StoredModule(name, name, (count, columns)), decision.scheme)
             for name, count in shapes.items()
         ]
+
+    def _not_followed(self, name: str) -> LowbitError:
+        return LowbitError(
+            "E0450",
+            f"{self.source.header.root.name}: {name} lies in other tensors than in a Hugging Face folder, which "
+            "calibration does not follow; lowbit convert --format dense makes one to start from",
+        )
 
     def _is_calibrated(self, decision: Decision) -> bool:
         return decision.method is not None and decision.method.spec.entry.calibrated
@@ -276,11 +279,27 @@ class Quantizing:
         return file
 
     def _quantized(self, module: _Module, data: TensorData) -> ReadModule:
-        assert module.source is not None and module.decision is not None, "not from calibration"
-        found = self.source.read(module.source, data)
+        assert module.source is not None, "not from calibration"
+        return self._made(module, self.source.read(module.source, data))
+
+    def _made(self, module: _Module, found: ReadModule) -> ReadModule:
+        """The floats ``found`` as the recipe decided."""
+        assert module.decision is not None, "not from calibration"
         made = self.online.quantize(module.decision, found.weight)
         rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
         return replace(found, weight=made.weight, input=rule)
+
+    def _calibrated_part(self, module: _Module, found: CalibratedModule) -> ReadModule:
+        """What calibration gave, rows as they are written. Of a module that is not its own it gives floats,
+        because they took over a scale; another method of the recipe quantizes these."""
+        weight, bias = found.weight, found.bias
+        if module.order is not None:
+            weight = weight.permute_rows(module.order)
+            bias = None if bias is None else bias[module.order]
+        read = ReadModule(module.target, weight, bias)
+        if module.decision is None or module.decision.method is None:
+            return read
+        return self._made(module, read)
 
     def _parts(
         self, data: TensorData, known: Collection[str], on_progress: Progress | None
@@ -291,12 +310,9 @@ class Quantizing:
         if self.calibrated is not None:
             for found in self._calibrated(self.calibrated, on_progress):
                 if isinstance(found, CalibratedModule):
-                    module = rest.pop(found.name)
-                    weight, bias = found.weight, found.bias
-                    if module.order is not None:
-                        weight = weight.permute_rows(module.order)
-                        bias = None if bias is None else bias[module.order]
-                    yield ReadModule(module.target, weight, bias)
+                    if found.name not in rest:
+                        raise self._not_followed(found.name)
+                    yield self._calibrated_part(rest.pop(found.name), found)
                 else:
                     yield NamedTensor(vectors.pop(found.name).target, found.tensor)
         total = sum(module.source.nbytes for module in rest.values() if module.source is not None)
