@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import FineGrainedFP8Config, LlamaForCausalLM, MixtralForCausalLM
 
@@ -91,6 +93,42 @@ def test_what_is_saved_is_what_was_served(
     with pytest.raises(LowbitError, match="saved") as caught:
         load_model(header, device="cpu", quantization=method, save=out)
     assert caught.value.code == "E0302"
+
+
+def outer_scales(folder: Path, suffix: str = "weight_global_scale") -> dict[str, float]:
+    """By the modules of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name.rpartition(".")[0]: float(t) for name, t in tensors.items() if name.endswith(suffix)}
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MixtralForCausalLM])
+def test_parts_of_a_layer_have_one_outer_scale(kind: type, tmp_path: Path) -> None:
+    """vLLM and SGLang run Q, K and V as one matrix, gate and up too, and take one outer scale for it."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if kind is MixtralForCausalLM else {}
+    make(tmp_path / "float", kind, **experts)
+    source = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(source)
+    for name in tensors:
+        if name.endswith(("k_proj.weight", "up_proj.weight", "w3.weight")):
+            tensors[name] *= 3
+    save_file(tensors, source, {"format": "pt"})
+    header = open_checkpoint(str(tmp_path / "float"))
+    served = load_model(header, device="cpu", quantization="nvfp4")
+    load_model(header, device="cpu", quantization="nvfp4", save=tmp_path / "saved")
+    convert(header, "modelopt", tmp_path / "modelopt", requantize="nvfp4")
+    saved, other = (
+        outer_scales(tmp_path / "saved"),
+        outer_scales(tmp_path / "modelopt", "weight_scale_2"),
+    )
+    assert all(1 / saved[name] == pytest.approx(other[name]) for name in saved) and len(saved) == len(other)
+    layers: dict[str, set[float]] = {}
+    for name, scale in saved.items():
+        layer = re.sub(r"[qkv]_proj$|(gate|up)_proj$|w[13]$", "", name)
+        layers.setdefault(layer if layer != name else f"{name}.", set()).add(scale)
+    assert all(len(scales) == 1 for scales in layers.values()) and len(layers) < len(saved)
+    assert len(set(saved.values())) > 1
+    loaded = load_model(open_checkpoint(str(tmp_path / "saved")), device="cpu", strict=True)
+    assert torch.equal(prompt_logits(served, [PROMPT])[0], prompt_logits(loaded, [PROMPT])[0])
 
 
 def test_a_mixed_recipe_is_saved_whole(tmp_path: Path) -> None:
@@ -258,12 +296,15 @@ MIXED = {
     "keep": 'quantization = "keep"',
     "int8": 'quantization = "int8"\ngroup_size = 32',
 }
-# A norm that attention and MLP share scales both: the rows of Falcon's Q, K and V lie in groups, Cohere's not.
+# A norm that attention and MLP share scales both; the rows of Falcon's Q, K and V lie in groups.
 SHARED_NORM: dict[str, dict[str, object]] = {
     "Cohere": {"num_key_value_heads": 2},
     "Falcon": {
-        **{"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-        **{"alibi": False, "intermediate_size": 512},
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "alibi": False,
+        "intermediate_size": 512,
     },
 }
 

@@ -503,7 +503,7 @@ class _CalibratedLoader(Loader):
         changed = self.calibrated_vectors.pop(name, None)
         return stored if changed is None else changed.to(self.device)
 
-    def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
+    def _read(self, place: Placed, as_stored: bool = False, largest: float = 0.0) -> ReadPart:
         name = place.part.name
         names = [name]
         if name not in self.calibrated_modules and name.endswith(".gate_up_proj"):

@@ -27,6 +27,7 @@ from lowbit.formats.gptq import Gptq
 from lowbit.formats.gptq_writer import GptqWriter
 from lowbit.formats.writing import CheckpointWriter, cannot, largest_code, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
+from lowbit.loading.online import Decision, Layers
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
 from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
@@ -35,7 +36,7 @@ from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
 
-VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
+VERSION = 2  # of what a journal depends on beside its key: raised when what is written changes
 MOST_LINES = 20  # of modules that changed, for people; the certificate has all
 
 Progress = Callable[[int, int, str], None]
@@ -171,6 +172,7 @@ class Work:
         self.dtype: str | None = None
         self.rounds = dtype is not None
         self.anew: Requantizing | None = None
+        self._layers: Layers[SourceModule] | None = None  # once it is settled what is made anew
         self.writer: CheckpointWriter
         kind = writer_of(form)
         quantized = [one for one in source.modules if requantize is not None or not one.scheme.is_dense]
@@ -305,7 +307,7 @@ class Work:
             made = read
             after = Numbers(read.weight, multiplier, self.dtype if self.rounds else None)
         elif planned.decision is not None and self.anew is not None:
-            made = self.anew.made(read, planned.decision)
+            made = self.anew.made(read, self._with_layer(planned.decision, data))
             after = Numbers(made.weight)
         else:
             made = as_written(read, planned.scheme)
@@ -337,6 +339,19 @@ class Work:
             if planned.nearest:
                 told["rounded"] = "outer scale"
         return replace(made, told=told)
+
+    def _with_layer(self, decision: Decision, data: TensorData) -> Decision:
+        """The decision, with the outer scale that the module's layer has, if it has one."""
+
+        def largest(module: SourceModule) -> float:
+            read = self.source.read(module, data)
+            multiplier = None if read.input is None else read.input.multiplier
+            return max(float(rows.abs().max()) for rows in Numbers(read.weight, multiplier).rows())
+
+        if self._layers is None:
+            made = ((one, self.planned[one.target.name].decision) for one in self.source.modules)
+            self._layers = Layers((one, decided) for one, decided in made if decided is not None)
+        return self._layers.decided(decision, largest)
 
     def vector(self, part: SourceVector, data: TensorData) -> Tensor:
         """A norm's weight; where it loses nothing in the type of a plain model's matrices."""

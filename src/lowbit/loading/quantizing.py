@@ -28,7 +28,7 @@ from lowbit.formats.writing import CheckpointWriter, writer_of
 from lowbit.loading.calibrate import Calibrated, calibrate
 from lowbit.loading.gguf_saving import save_gguf
 from lowbit.loading.names import Names, row_order
-from lowbit.loading.online import Decision, Online, facts_of
+from lowbit.loading.online import Decision, Layers, Online, facts_of
 from lowbit.loading.opened import Opened
 from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
@@ -40,6 +40,7 @@ from lowbit.quantize.calibration import (
     CalibrationOptions,
     calibration_sequences,
 )
+from lowbit.quantize.method import largest_weight
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import TORCHAO, MethodSpec
 from lowbit.tokenization import load_tokenizer
@@ -103,6 +104,9 @@ class Quantizing:
         if self._forms() == ("gguf",):
             self.source = self.source.for_gguf()
         self.modules = [module for part in self._sources() for module in self._planned(part)]
+        self._layers = Layers(
+            (one, one.decision) for one in self.modules if one.source is not None and one.decision is not None
+        )
 
     def _sources(self) -> list[SourceModule]:
         """What there is to write. In a layer of which an expert of a stack is quantized, all of them become
@@ -150,8 +154,8 @@ class Quantizing:
     def _not_followed(self, name: str) -> LowbitError:
         return LowbitError(
             "E0450",
-            f"{self.source.header.root.name}: {name} lies in other tensors than in a Hugging Face folder, which "
-            "calibration does not follow; lowbit convert --format dense makes one to start from",
+            f"{self.source.header.root.name}: {name} lies in other tensors than in a Hugging Face folder, "
+            "which calibration does not follow; lowbit convert --format dense makes one to start from",
         )
 
     def _is_calibrated(self, decision: Decision) -> bool:
@@ -279,8 +283,14 @@ class Quantizing:
         return file
 
     def _quantized(self, module: _Module, data: TensorData) -> ReadModule:
-        assert module.source is not None, "not from calibration"
-        return self._made(module, self.source.read(module.source, data))
+        assert module.source is not None and module.decision is not None, "not from calibration"
+
+        def largest(one: _Module) -> float:
+            assert one.source is not None, "listed by it"
+            return largest_weight(self.source.read(one.source, data).weight.codes)
+
+        found = self.source.read(module.source, data)
+        return self._made(replace(module, decision=self._layers.decided(module.decision, largest)), found)
 
     def _made(self, module: _Module, found: ReadModule) -> ReadModule:
         """The floats ``found`` as the recipe decided."""

@@ -34,8 +34,8 @@ class FloatLinear:
     """The Linears called ``modules`` (name, rows), one below another; ``weight`` float32 (out, in), owned.
 
     ``keep``: stays float (a router), but its columns and rows follow a scale; ``scaled``: they did.
-    ``unclipped``: so many first rows whose largest weights AWQ leaves alone: their outputs are multiplied with
-    each other (Q and K), where the error of a single output says little.
+    ``unclipped``: so many first rows whose largest weights AWQ leaves alone: their outputs are multiplied
+    with each other (Q and K), where the error of a single output says little.
     """
 
     name: str
