@@ -36,6 +36,7 @@ def test_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("sglang/w8a8_fp8", "w8a8_fp8", "The same numbers for transformers: --format compressed-tensors"),
         ("sglang/blockwise_int8", "blockwise_int8", "takes the codes for weights, without their scales"),
         ("modelopt/fp8", "modelopt", "For transformers: --format compressed-tensors"),
+        ("modelopt/fp8", "fp8", "vLLM and SGLang know scales of whole tensors as weight_scale"),
     ],
 )
 def test_says_which_tool_misreads_it(

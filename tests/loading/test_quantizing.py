@@ -54,7 +54,7 @@ def with_tokenizer(folder: Path) -> None:
 SAVED = {
     "fp8": "compressed-tensors",
     "fp8:weights=block": "fp8",
-    "fp8:weights=tensor": "fp8",
+    "fp8:weights=tensor": "compressed-tensors",
     "w8a8_fp8": "w8a8_fp8",
     "w8a8_int8": "w8a8_int8",
     "blockwise_int8": "blockwise_int8",

@@ -173,8 +173,10 @@ class Quantizing:
         decisions = [one.decision for one in self.modules if one.decision is not None]
         if wanted != ("gguf",) and len(decisions) == len(self.modules):  # none is calibrated
             self.online.refuse_nothing(decisions, self.recipe.described, self.source.header.root.name)
-        if any(spec.options.get("weights") == "channel" for spec in methods):
-            wanted = wanted[-1:]  # every tool reads it there; fbgemm_fp8, only transformers on a GPU
+        if any(spec.options.get("weights") in ("channel", "tensor") for spec in methods):
+            # Every tool reads it there. fbgemm_fp8 is read by transformers on a GPU only, and what it calls
+            # scales of tensors by vLLM and SGLang in few families.
+            wanted = wanted[-1:]
         reasons = []
         for form in wanted:
             kind = writer_of(form)
