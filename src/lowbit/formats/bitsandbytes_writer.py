@@ -130,7 +130,7 @@ class BitsAndBytesWriter(CheckpointWriter):
 
     def quantization_config(self) -> dict[str, object]:
         """transformers' BitsAndBytesConfig."""
-        four = self.kind != "int8"
+        four, left = self.kind != "int8", self.left_alone()
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": four,
@@ -142,7 +142,7 @@ class BitsAndBytesWriter(CheckpointWriter):
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_threshold": self.threshold,
-            "llm_int8_skip_modules": self.left_alone(),
+            "llm_int8_skip_modules": [*left, *self.run_as_one(left)],
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }

@@ -116,11 +116,16 @@ class GptqWriter(CheckpointWriter):
         ((base, _),) = Counter(tuple(rule.items()) for rule in rules.values()).most_common(1)
         common: Json = dict(base)
         dynamic: Json = {}
+        other: dict[tuple[tuple[str, object], ...], list[str]] = {}
         for name, rule in rules.items():
             if rule != common:
-                dynamic[f"+:^{re.escape(name)}$"] = {k: v for k, v in rule.items() if v != common[k]}
+                other.setdefault(tuple(rule.items()), []).append(name)
+        for told, named in other.items():
+            differs = {k: v for k, v in told if v != common[k]}
+            dynamic |= {f"+:^{re.escape(name)}$": differs for name in (*named, *self.run_as_one(named))}
         inside = [name for name in self.left_alone() if not name.endswith("lm_head")]
-        dynamic |= {f"-:^{re.escape(name)}$": {} for name in inside}
+        excluded = [*inside, *self.run_as_one(inside)]
+        dynamic |= {f"-:^{re.escape(name)}$": {} for name in excluded}
         found: Json = {
             "quant_method": "gptq",
             **common,
@@ -135,7 +140,7 @@ class GptqWriter(CheckpointWriter):
         if dynamic:
             found["dynamic"] = dynamic
             kinds = _kinds(list(rules), inside)
-            if kinds and len(dynamic) == len(inside):
+            if kinds and not other:
                 found["modules_in_block_to_quantize"] = [kinds]  # what transformers heeds instead
         return found
 
@@ -211,7 +216,7 @@ class AwqWriter(CheckpointWriter):
 
     def quantization_config(self) -> dict[str, object]:
         """AutoAWQ's config, under both of its spellings."""
-        group = self.group or -1
+        group, left = self.group or -1, self.left_alone()
         return {
             "quant_method": "awq",
             "bits": 4,
@@ -220,7 +225,7 @@ class AwqWriter(CheckpointWriter):
             "q_group_size": group,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": self.left_alone(),
+            "modules_to_not_convert": [*left, *self.run_as_one(left)],
         }
 
 

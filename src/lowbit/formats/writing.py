@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import ClassVar
@@ -29,6 +30,10 @@ NOT_IN_TRANSFORMERS = (
     "transformers does not know it and opens the folder all the same: after a warning it takes the codes for "
     "weights, without their scales"
 )
+# What vLLM and SGLang make one layer of. Where they look for its name in a list of modules, they find it only
+# if it stands there: they take such lists for names of layers (GPTQ's rules, AWQ's and bitsandbytes' lists).
+_RUN_AS_ONE = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 
 
@@ -150,6 +155,23 @@ class CheckpointWriter:
     def quantized(self) -> dict[str, Scheme]:
         """The modules that are not plain."""
         return {name: scheme for name, scheme in self.schemes.items() if not scheme.is_dense}
+
+    def run_as_one(self, names: Collection[str]) -> list[str]:
+        """The layers, as vLLM and SGLang call them, all of whose modules are among ``names``."""
+        listed = set(names)
+        found: dict[str, None] = {}
+        for name in names:
+            if _EXPERT.fullmatch(name) is not None:
+                continue
+            stem, _, leaf = name.rpartition(".")
+            for layer, leaves in _RUN_AS_ONE.items():
+                if leaf == leaves[0] and all(f"{stem}.{other}" in listed for other in leaves):
+                    found[f"{stem}.{layer}"] = None
+        experts: dict[str, bool] = {}
+        for name in self.schemes:
+            if (match := _EXPERT.fullmatch(name)) is not None:
+                experts[match[1]] = experts.get(match[1], True) and name in listed
+        return [*found, *(name for name, whole in experts.items() if whole)]
 
     def left_alone(self) -> list[str]:
         """The plain modules other than embeddings, which no tool takes for a Linear.
