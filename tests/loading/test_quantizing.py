@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import FineGrainedFP8Config, LlamaForCausalLM, MixtralForCausalLM
 
 from formats.helpers import FIXTURES
@@ -22,7 +22,7 @@ from loading.test_online import make as make_float32
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.writing import writer_of
-from lowbit.loading import Calibration, load_model, plan_model
+from lowbit.loading import Calibration, load_model, plan_model, quantizing
 from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
 from lowbit.tokenization import load_tokenizer
@@ -334,6 +334,33 @@ def test_other_modules_take_over_scales_of_awq(family: str, other: str, tmp_path
     wanted = prompt_logits(load_model(header, device="cpu"), [PROMPT])[0].float().log_softmax(-1)
     found = prompt_logits(loaded, [PROMPT])[0].float().log_softmax(-1)
     assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.02
+
+
+def test_calibration_text_begins_with_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sequence, as what is served does, and no document in the middle of one."""
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "float" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["~"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="~ $A", special_tokens=[("~", tokenizer.token_to_id("~"))]
+    )
+    tokenizer.save(str(tmp_path / "float" / "tokenizer.json"))
+    (tmp_path / "float" / "tokenizer_config.json").write_text('{"bos_token": "~"}')
+    seen: list[list[int]] = []
+    plain = quantizing.calibrate
+
+    def recorded(header: object, sequences: list[list[int]], *arguments: object, **others: object) -> object:
+        seen.extend(sequences)
+        return plain(header, sequences, *arguments, **others)
+
+    monkeypatch.setattr(quantizing, "calibrate", recorded)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{"word " * 10}"}}\n' for _ in range(20)))
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS}", calibration=Calibration(text))
+    bos = tokenizer.token_to_id("~")
+    assert len(seen) == 4 and all(one[0] == bos and bos not in one[1:] and len(one) == 64 for one in seen)
 
 
 def test_plans_of_calibrated_methods_need_no_text(tmp_path: Path, own_cache: Path) -> None:

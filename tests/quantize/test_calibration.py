@@ -40,6 +40,14 @@ def test_sequences_are_spread_over_all_the_text() -> None:
     assert found == token_sequences(letters, [text], count=4, length=100)
 
 
+def test_every_sequence_begins_as_the_model_expects() -> None:
+    """With BOS where the tokenizer puts one, and no longer for it."""
+    found = token_sequences(letters, ["ab" * 100, "cd" * 100], count=4, length=50, first=2)
+    assert [len(sequence) for sequence in found] == [50] * 4
+    assert all(sequence[0] == 2 and 2 not in sequence[1:] for sequence in found)
+    assert found[0][1:] == letters("ab" * 24 + "a")
+
+
 def test_short_text_gives_fewer_sequences_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert [len(s) for s in token_sequences(letters, ["x" * 250], count=9, length=100)] == [100, 100]
     assert "2 sequences of 100 tokens, 9 were asked for" in caplog.text

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -364,11 +365,12 @@ class Quantizing:
         count, length = spec.options["sequences"], spec.options["length"]
         assert isinstance(count, int) and isinstance(length, int), "checked by the specification"
         return calibration_sequences(
-            tokenizer.encode,
+            partial(tokenizer.encode, add_special=False),
             self.calibration.file,
             count=count,
             length=length,
             context_length=self.source.config.context_length,
+            first=tokenizer.bos_id if tokenizer.adds_bos else None,
         )
 
     def key(self) -> str:
