@@ -119,6 +119,44 @@ def test_what_people_and_tools_expect_beside_the_weights(tmp_path: Path) -> None
         assert (out / name).read_bytes() == (source / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--format", "compressed-tensors"], True),
+        (["--format", "dense"], True),
+        (["--format", "dense", "--dtype", "float16"], False),
+        (["--format", "compressed-tensors", "--requantize", "nvfp4"], True),  # which holds all as it is
+        (["--format", "bitsandbytes", "--requantize"], False),
+    ],
+)
+def test_what_was_measured_goes_only_where_it_holds(
+    flags: list[str], kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(GPTQ, source)
+    measured = {"mean_kl": 0.01, "top1_agreement": 0.97, "positions": 4096, "against": "the bf16 original"}
+    (source / "quality.json").write_text(json.dumps(measured))
+    assert main(["convert", str(source), *flags, "--out", str(out)]) == 0
+    assert (out / "quality.json").exists() == kept, capsys.readouterr()
+
+
+def test_what_belongs_to_other_weights_stays_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SINQ's words about each module, an adapter's, the authors' layout; code is said to be left out."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(FIXTURES / "sinq" / "4_g32", source)
+    for name in ("adapter_config.json", "params.json"):
+        (source / name).write_text("{}")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(source), "--format", "dense", "--out", str(out)]) == 0
+    assert "the model's own code (auto_map in config.json) was left out" in capsys.readouterr().out
+    left = {path.name for path in out.iterdir()} & {path.name for path in source.iterdir()}
+    assert left <= {"config.json", "model.safetensors", "about.json"}
+
+
 def test_another_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--tokenizer``, as the error of a model without one says, into a file and into a folder."""
     original = FIXTURES / "gguf_families" / "qwen3.gguf"

@@ -30,7 +30,7 @@ from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.online import Decision, Layers
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
-from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
+from lowbit.loading.saving import NamedTensor, Part, code_left_out, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
@@ -155,6 +155,7 @@ def convert(
             tensors=4 * len(source.parts),
             dtype=work.dtype,
             tokenizer=tokenizer,
+            as_measured=work.is_exact,
             force=force,
             shard_bytes=shard_bytes,
             journal=journal,
@@ -291,6 +292,21 @@ class Work:
         """Of requantizing, complete."""
         return "" if self.anew is None else self.anew.spec.key
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the result computes what the source does: weights, inputs and outputs alike."""
+        stored = (self.source.form.scheme_of(module.place.module) for module in self.source.modules)
+        return not self.rounds and all(
+            planned.decision is None
+            and not planned.nearest
+            and planned.inputs is None
+            and scheme.activation == planned.scheme.activation
+            and scheme.output is None
+            for scheme, planned in zip(
+                stored, (self.planned[m.target.name] for m in self.source.modules), strict=True
+            )
+        )
+
     def planned_nbytes(self) -> int:
         """Bytes of all modules and vectors, about."""
         modules = ((self.planned[one.target.name].scheme, one.target.shape) for one in self.source.modules)
@@ -405,6 +421,8 @@ class Work:
                 )
         if self.source.has_kv_scales:
             notes.append("the KV cache's scales were left out")
+        if self.form != "gguf" and (code := code_left_out(self.source.header)):
+            notes.append(code)
         return notes
 
 
