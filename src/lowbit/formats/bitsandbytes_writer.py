@@ -29,16 +29,16 @@ _SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 class BitsAndBytesWriter(CheckpointWriter):
     """``nested``: module name -> its scales quantized again, for those that are to be stored so.
 
-    ``dtype``: what the tool dequantizes to.
+    ``dtype``: what the tool dequantizes to and computes in, that of most plain matrices.
     """
 
     name = "bitsandbytes"
     writes = "nf4, fp4, with double quantization or without; int8"
 
-    def __init__(self, schemes: Mapping[str, Scheme], dtype: str = "bfloat16") -> None:
+    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
         self.nested: dict[str, NestedScales] = {}
-        self.dtype = dtype
+        self.dtype = self.usual_float()
         kinds = {_KINDS[scheme.weight.name]: name for name, scheme in self.quantized().items()}
         if len(kinds) > 1:
             told = ", ".join(f"{kind} in {name}" for kind, name in sorted(kinds.items()))

@@ -10,6 +10,7 @@ import importlib
 import math
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
@@ -33,6 +34,7 @@ NOT_IN_TRANSFORMERS = (
 # What vLLM and SGLang make one layer of. Where they look for its name in a list of modules, they find it only
 # if it stands there: they take such lists for names of layers (GPTQ's rules, AWQ's and bitsandbytes' lists).
 _RUN_AS_ONE = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 
@@ -155,6 +157,11 @@ class CheckpointWriter:
     def quantized(self) -> dict[str, Scheme]:
         """The modules that are not plain."""
         return {name: scheme for name, scheme in self.schemes.items() if not scheme.is_dense}
+
+    def usual_float(self) -> str:
+        """PyTorch's name for the dtype of most plain matrices, which tools compute in; bfloat16 if none."""
+        plain = Counter(scheme.weight.name for scheme in self.schemes.values() if scheme.is_dense)
+        return _TORCH[plain.most_common(1)[0][0]] if plain else "bfloat16"
 
     def run_as_one(self, names: Collection[str]) -> list[str]:
         """The layers, as vLLM and SGLang call them, all of whose modules are among ``names``."""
