@@ -58,7 +58,8 @@ def test_says_which_tool_misreads_it(
     [
         (["--out", "x"], "E0104", 2),
         (["--format", "dense"], "E0104", 2),
-        (["--format", "parquet", "--out", "x"], "E0450", 4),
+        (["--format", "parquet", "--out", "x"], "--format parquet: not written; written are awq, ", 4),
+        (["--format", "GPTQ", "--out", "x"], "not written; did you mean gptq? Written are awq, ", 4),
         (["--format", "dense", "--out", "x", "--dtype", "int3"], "E0103", 2),
     ],
 )
@@ -69,6 +70,19 @@ def test_refusals(
     assert main(["convert", str(GPTQ), *words]) == status
     assert code in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_one_is_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty folder may be there, but its place is taken by another one: a shell would be in none."""
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", str(tmp_path / "empty")]) == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", "."]) == 7
+    assert "is where you are; name a folder in it" in capsys.readouterr().err
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", "model"]) == 0
 
 
 def test_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

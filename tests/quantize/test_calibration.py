@@ -17,6 +17,7 @@ from lowbit.quantize.calibration import (
     read_texts,
     token_sequences,
 )
+from lowbit.quantize.method import Module, build_method
 from lowbit.quantize.specification import parse_method
 
 
@@ -116,3 +117,19 @@ def test_the_names_of_the_flag() -> None:
     marlin = options_of(parse_method("marlin"))
     assert (marlin.method, marlin.bits, marlin.symmetric, marlin.group_size) == ("gptq", 4, True, 128)
     assert options_of(parse_method("gptq:group_size=-1,bits=8")).group_size == -1
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "fits"),
+    [
+        ("awq", (24, 64), True),
+        ("awq", (12, 64), False),  # a word of AWQ's has eight rows
+        ("awq", (24, 84), True),
+        ("gptq", (24, 64), True),
+        ("gptq", (12, 64), False),
+        ("gptq", (24, 84), False),
+    ],
+)
+def test_codes_fill_whole_words(method: str, shape: tuple[int, int], fits: bool) -> None:
+    reason = build_method(parse_method(method)).refuses(Module("m", shape))
+    assert (reason is None) == fits, reason

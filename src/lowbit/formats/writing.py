@@ -6,6 +6,7 @@ the business of quantizers. The writers live in modules called ``<format>_writer
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 import pkgutil
@@ -19,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.formats import InputRule, StoredModule
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -262,5 +263,8 @@ def writer_of(name: str) -> type[CheckpointWriter]:
     """The writer of a format, or E0450 with those that are."""
     writers = all_writers()
     if name not in writers:
-        raise LowbitError("E0450", f"--format {name}: not written; written are {', '.join(sorted(writers))}")
+        near = difflib.get_close_matches(name.lower(), writers, n=1)
+        hint = f"did you mean {near[0]}? Written" if near else "written"
+        known = ", ".join(sorted(writers))
+        raise LowbitError("E0450", f"--format {printable(name)}: not written; {hint} are {known}")
     return writers[name]
