@@ -35,6 +35,7 @@ from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule,
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.quantize.recipe import fused_name
 
 VERSION = 2  # of what a journal depends on beside its key: raised when what is written changes
 MOST_LINES = 20  # of modules that changed, for people; the certificate has all
@@ -121,6 +122,8 @@ def convert(
     }
 
     def check(path: Path, told: Mapping[str, Json], lost: Collection[str] = ()) -> None:
+        if apart := _outer_scales_apart(told):
+            done.notes.append(apart)
         done.prove(path, source, told, lost)
 
     with TensorData(header) as data:
@@ -340,6 +343,8 @@ class Work:
             "sha256": found.result,
             "beside": beside(made, planned.scheme, rounded),
         }
+        if len(made.weight.scales) == 2 and made.weight.scales[1].numel() == 1:
+            told["outer_scale"] = float(made.weight.scales[1])
         if not found.equal or planned.nearest:
             if planned.decision is None and not planned.nearest and not rounded:
                 raise LowbitError(
@@ -424,6 +429,23 @@ class Work:
         if self.form != "gguf" and (code := code_left_out(self.source.header)):
             notes.append(code)
         return notes
+
+
+def _outer_scales_apart(told: Mapping[str, Json]) -> str:
+    """What to tell where parts of a layer have outer scales of their own, "" where none do. ``told``: of each
+    module, its ``outer_scale`` if it has one (NVFP4)."""
+    layers: dict[str, set[object]] = {}
+    for one in told.values():
+        if "outer_scale" in one:
+            layers.setdefault(fused_name(str(one["name"])), set()).add(one["outer_scale"])
+    apart = [layer for layer, scales in layers.items() if len(scales) > 1]
+    if not apart:
+        return ""
+    return (
+        f"the parts of {len(apart)} layers like {apart[0]} have outer scales of their own: vLLM and SGLang "
+        "run them as one matrix and take the largest for all, which are other weights. For them: --format "
+        "dense, and --quantization nvfp4 --save-quantized of that"
+    )
 
 
 def _parts(
