@@ -148,7 +148,7 @@ class Quantizing:
             stem = name.removesuffix("gate_up_proj")
             shapes = {f"{stem}{leaf}": count for leaf, count in leaves.items()}
         return [
-            _Module(StoredModule(name, name, (count, columns)), decision.scheme)
+            _Module(StoredModule(name, part.beside_stack(name), (count, columns)), decision.scheme)
             for name, count in shapes.items()
         ]
 
