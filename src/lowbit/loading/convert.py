@@ -30,7 +30,7 @@ from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.online import Decision, Layers
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
-from lowbit.loading.saving import NamedTensor, Part, code_left_out, digest_of, planned_nbytes, save_checkpoint
+from lowbit.loading.saving import NamedTensor, Part, digest_of, left_out, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
@@ -426,9 +426,7 @@ class Work:
                 )
         if self.source.has_kv_scales:
             notes.append("the KV cache's scales were left out")
-        if self.form != "gguf" and (code := code_left_out(self.source.header)):
-            notes.append(code)
-        return notes
+        return notes + left_out(self.source, self.form)
 
 
 def _outer_scales_apart(told: Mapping[str, Json]) -> str:

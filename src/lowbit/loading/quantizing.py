@@ -31,7 +31,7 @@ from lowbit.loading.gguf_saving import save_gguf
 from lowbit.loading.names import Names, row_order
 from lowbit.loading.online import Decision, Layers, Online, facts_of
 from lowbit.loading.opened import Opened
-from lowbit.loading.saving import NamedTensor, Part, code_left_out, digest_of, planned_nbytes, save_checkpoint
+from lowbit.loading.saving import NamedTensor, Part, digest_of, left_out, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
@@ -423,8 +423,7 @@ def quantized_checkpoint(
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
         writer = work.writer()
-        code = "" if writer.name == "gguf" else code_left_out(opened.header)
-        for warning in filter(None, (writer.warning(), code)):
+        for warning in filter(None, (writer.warning(), *left_out(work.source, writer.name))):
             _log.warning("lowbit: %s", warning)
         return made
     folder = cache_directory() / "quantized" / work.key()

@@ -29,8 +29,9 @@ from lowbit.checkpoint.output_folder import check_room, explained, output_folder
 from lowbit.checkpoint.quality import NAME as QUALITY
 from lowbit.checkpoint.safetensors_writer import SHARD_BYTES, ShardedWriter, write_file
 from lowbit.checkpoint.tensor_data import DTYPES
+from lowbit.errors import printable
 from lowbit.formats.writing import CheckpointWriter
-from lowbit.loading.source_modules import ReadModule
+from lowbit.loading.source_modules import ReadModule, SourceModel
 from lowbit.numerics.scheme import Scheme
 from lowbit.tokenization.chat_template import TOOL_TEMPLATE
 from lowbit.tokenization.exported import tokenizer_documents
@@ -236,14 +237,21 @@ def _documents(
     return found
 
 
-def code_left_out(source: CheckpointHeader) -> str:
-    """What to tell of a model that comes with code of its own, which is never copied; "" of others."""
-    if "auto_map" not in source.config:
-        return ""
-    return (
-        "the model's own code (auto_map in config.json) was left out: tools that run it need its .py files "
-        "from the original beside this config.json"
-    )
+def left_out(source: SourceModel, container: str = "safetensors") -> list[str]:
+    """What to tell of parts of a model that are never written: layers that predict further tokens, and code
+    of its own beside folders."""
+    notes = []
+    if source.prediction:
+        notes.append(
+            f"{len(source.prediction)} tensors of layers that predict further tokens (MTP) were left out, "
+            f"like {printable(source.prediction[0])}"
+        )
+    if container != "gguf" and "auto_map" in source.header.config:
+        notes.append(
+            "the model's own code (auto_map in config.json) was left out: tools that run it need its .py "
+            "files from the original beside this config.json"
+        )
+    return notes
 
 
 def _text(values: object) -> bytes:

@@ -171,6 +171,7 @@ class SourceModel:
             for name in walk.names.other_parts()
         ]
         self.has_kv_scales = walk.has_kv_scales
+        self.prediction = walk.names.of_prediction()
         self._refuse_rotated(walk)
 
     def _refuse_rotated(self, walk: _Walk) -> None:
@@ -316,6 +317,8 @@ class SourceModel:
         found = dict(self.header.config)
         if not self.config.tied_head and self.family.read_config(self.header).tied_head:  # it has its own
             found["tie_word_embeddings"] = False
+        if self.prediction and "num_nextn_predict_layers" in found:
+            found["num_nextn_predict_layers"] = 0  # or tools look for them
         return found
 
 
