@@ -215,6 +215,19 @@ def test_what_stays_float_follows_the_scales_of_what_it_feeds(
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
+def test_a_half_kept_layer_is_refused_before_any_work(
+    checkpoints: dict[str, CheckpointHeader],
+) -> None:
+    """The last block's, too: nothing of the stream was asked for yet."""
+    with pytest.raises(
+        LowbitError, match=r"layers\.1\.self_attn\.q_proj is to be quantized otherwise"
+    ) as caught:
+        calibrate(
+            checkpoints["Llama"], text(1), options("gptq"), keep=lambda name: "1.self_attn.q_proj" in name
+        )
+    assert caught.value.code == "E0405"
+
+
 def test_every_kind_of_fold_takes_place(
     checkpoints: dict[str, CheckpointHeader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
