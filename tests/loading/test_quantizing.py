@@ -336,6 +336,25 @@ def test_other_modules_take_over_scales_of_awq(family: str, other: str, tmp_path
     assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.02
 
 
+def test_what_becomes_another_format_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """256 and 320 columns have groups of 128 and 64: AWQ's files have one, GPTQ's rules are GPTQModel's."""
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=f"awq:{OPTIONS}", save=tmp_path / "awq")
+    assert (
+        "it is a compressed-tensors checkpoint (awq: --format awq: groups are 64 in model.layers"
+        in caplog.text
+    )
+    assert "or quantize with group_size=64" in caplog.text
+    caplog.clear()
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS}", save=tmp_path / "gptq")
+    assert "For transformers: group_size=64 where groups alone differ, --format" in caplog.text
+    caplog.clear()
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS},group_size=64", save=tmp_path / "one")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_calibration_text_begins_with_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sequence, as what is served does, and no document in the middle of one."""
     make(tmp_path / "float")

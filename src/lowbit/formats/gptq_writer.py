@@ -104,9 +104,12 @@ class GptqWriter(CheckpointWriter):
         if not rules and not config["lm_head"]:
             return ""
         where = "modules with a rule of their own" if rules else "the quantized head"
+        groups = {scheme.blocks[0][1] for scheme in self.quantized().values()}
+        several = rules and len(groups) > 1 and 0 not in groups
+        one = f"group_size={min(groups)} where groups alone differ, " if several else ""
         return (
             f"GPTQModel reads it. transformers does not heed {where} and opens the folder all the same: "
-            "after a warning it computes with random weights there, or it stops. For transformers: "
+            f"after a warning it computes with random weights there, or it stops. For transformers: {one}"
             "--format compressed-tensors, where no module has zero points, or dense"
         )
 
@@ -180,7 +183,9 @@ class AwqWriter(CheckpointWriter):
         if len(groups) > 1:
             told = ", ".join(f"{group} in {name}" for group, name in sorted(groups.items()))
             raise LowbitError(
-                "E0450", f"--format awq: groups are {told}; an AWQ checkpoint has one. Use compressed-tensors"
+                "E0450",
+                f"--format awq: groups are {told}; an AWQ checkpoint has one. Use compressed-tensors, or "
+                f"quantize with group_size={min(groups)}",
             )
         self.group = next(iter(groups), 0)
 

@@ -105,6 +105,7 @@ class Quantizing:
         if self._forms() == ("gguf",):
             self.source = self.source.for_gguf()
         self.modules = [module for part in self._sources() for module in self._planned(part)]
+        self.instead_of = ""  # the format that the method's users expect, and why it is another
         self._layers = Layers(
             (one, one.decision) for one in self.modules if one.source is not None and one.decision is not None
         )
@@ -178,7 +179,7 @@ class Quantizing:
             # Every tool reads it there. fbgemm_fp8 is read by transformers on a GPU only, and what it calls
             # scales of tensors by vLLM and SGLang in few families.
             wanted = wanted[-1:]
-        reasons = []
+        reasons: list[str] = []
         for form in wanted:
             kind = writer_of(form)
             reason = next(filter(None, (self._refusal(kind, module) for module in self.modules)), None)
@@ -190,6 +191,7 @@ class Quantizing:
                     if reason is None:
                         if isinstance(made, GptqWriter) and self.calibrated is not None:
                             made.made = _how_made(options_of(self.calibrated))
+                        self.instead_of = "; ".join(reasons)
                         return made
                 except LowbitError as error:
                     reason = error.message
@@ -423,7 +425,8 @@ def quantized_checkpoint(
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
         writer = work.writer()
-        for warning in filter(None, (writer.warning(), *left_out(work.source, writer.name))):
+        instead = f"it is a {writer.name} checkpoint ({work.instead_of})" if work.instead_of else ""
+        for warning in filter(None, (instead, writer.warning(), *left_out(work.source, writer.name))):
             _log.warning("lowbit: %s", warning)
         return made
     folder = cache_directory() / "quantized" / work.key()
