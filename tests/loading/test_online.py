@@ -107,7 +107,7 @@ def test_logits_equal_transformers_on_the_rounded_weights(method: str, tmp_path:
     largest: dict[str, float] = {}  # of all parts of a layer, for the outer scale of nvfp4
     for name, module in linears:
         layer = fused_name(name)
-        largest[layer] = max(largest.get(layer, 0.0), float(module.weight.abs().max()))
+        largest[layer] = max(largest.get(layer, 0.0), float(module.weight.detach().abs().max()))
     for name, module in linears:
         module.weight.data = rounded(module.weight.data, method, name, largest[fused_name(name)])
     model = load_model(open_checkpoint(str(tmp_path)), device="cpu", quantization=method)
