@@ -36,6 +36,7 @@ def test_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("sglang/w8a8_fp8", "w8a8_fp8", "The same numbers for transformers: --format compressed-tensors"),
         ("sglang/blockwise_int8", "blockwise_int8", "takes the codes for weights, without their scales"),
         ("modelopt/fp8", "modelopt", "For transformers: --format compressed-tensors"),
+        ("modelopt/fp8", "fp8", "vLLM and SGLang know scales of whole tensors as weight_scale"),
     ],
 )
 def test_says_which_tool_misreads_it(
@@ -57,7 +58,8 @@ def test_says_which_tool_misreads_it(
     [
         (["--out", "x"], "E0104", 2),
         (["--format", "dense"], "E0104", 2),
-        (["--format", "parquet", "--out", "x"], "E0450", 4),
+        (["--format", "parquet", "--out", "x"], "--format parquet: not written; written are awq, ", 4),
+        (["--format", "GPTQ", "--out", "x"], "not written; did you mean gptq? Written are awq, ", 4),
         (["--format", "dense", "--out", "x", "--dtype", "int3"], "E0103", 2),
     ],
 )
@@ -68,6 +70,19 @@ def test_refusals(
     assert main(["convert", str(GPTQ), *words]) == status
     assert code in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_one_is_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty folder may be there, but its place is taken by another one: a shell would be in none."""
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", str(tmp_path / "empty")]) == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", "."]) == 7
+    assert "is where you are; name a folder in it" in capsys.readouterr().err
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", "model"]) == 0
 
 
 def test_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +131,44 @@ def test_what_people_and_tools_expect_beside_the_weights(tmp_path: Path) -> None
     assert found == copied | {"config.json", "model.safetensors", "lowbit-conversion.json"}
     for name in copied:
         assert (out / name).read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--format", "compressed-tensors"], True),
+        (["--format", "dense"], True),
+        (["--format", "dense", "--dtype", "float16"], False),
+        (["--format", "compressed-tensors", "--requantize", "nvfp4"], True),  # which holds all as it is
+        (["--format", "bitsandbytes", "--requantize"], False),
+    ],
+)
+def test_what_was_measured_goes_only_where_it_holds(
+    flags: list[str], kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(GPTQ, source)
+    measured = {"mean_kl": 0.01, "top1_agreement": 0.97, "positions": 4096, "against": "the bf16 original"}
+    (source / "quality.json").write_text(json.dumps(measured))
+    assert main(["convert", str(source), *flags, "--out", str(out)]) == 0
+    assert (out / "quality.json").exists() == kept, capsys.readouterr()
+
+
+def test_what_belongs_to_other_weights_stays_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SINQ's words about each module, an adapter's, the authors' layout; code is said to be left out."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(FIXTURES / "sinq" / "4_g32", source)
+    for name in ("adapter_config.json", "params.json"):
+        (source / name).write_text("{}")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(source), "--format", "dense", "--out", str(out)]) == 0
+    assert "the model's own code (auto_map in config.json) was left out" in capsys.readouterr().out
+    left = {path.name for path in out.iterdir()} & {path.name for path in source.iterdir()}
+    assert left <= {"config.json", "model.safetensors", "about.json"}
 
 
 def test_another_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,8 +334,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0302": Entry(
         "the output is there already",
-        "What a command is to write has the name of something that exists, other than an empty folder; "
-        "nothing is ever overwritten.",
+        "What a command is to write has the name of something that exists, other than an empty folder, or of "
+        "the folder one is in; nothing is ever overwritten.",
         "Name another place, or remove what is there. A name that ends in .partial is left from a run that "
         "was broken off.",
     ),

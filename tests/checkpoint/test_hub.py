@@ -128,6 +128,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     made.repos["org/sharded"] = files(write_folder(folder / "b", shards=3)) | useless
     gguf = write_gguf_file(folder / "m.gguf").read_bytes()
     made.repos["org/ggufs"] = {"tiny-Q4_K_M.gguf": gguf, "tiny-Q8_0.gguf": gguf, "tiny-IQ4_XS.gguf": gguf}
+    made.repos["org/folders"] = {"Q8_0/tiny-Q8_0.gguf": gguf, "Q4_0/tiny-Q4_0.gguf": gguf, "README.md": b"hi"}
     made.repos["org/onegguf"] = {"tiny.gguf": gguf, "README.md": b"hi"}
     weights = {"a.weight": torch.zeros(512, 1024), "b.weight": torch.ones(7, 3)}
     made.repos["org/big"] = {
@@ -243,6 +244,16 @@ def test_gguf_by_name_or_type(hub: Hub, name: str, tmp_path: Path) -> None:
     expected = "tiny-IQ4_XS.gguf" if name == "IQ4_XS" else "tiny-Q8_0.gguf"
     assert found["root"].endswith(expected)
     assert {path.rsplit("/", 1)[1] for path in hub.asked if "/resolve/" in path} == {expected}
+
+
+@pytest.mark.parametrize("without", ["offline", "no server"])
+def test_gguf_in_a_folder_of_its_repo(hub: Hub, without: str, tmp_path: Path) -> None:
+    """As repos of many types have them; from the cache too."""
+    found = open_in_process(hub, tmp_path, "org/folders:Q8_0")
+    assert found.get("tensors") == 12 and found["root"].endswith("Q8_0/tiny-Q8_0.gguf"), found
+    no_network = {"offline": {"HF_HUB_OFFLINE": "1"}, "no server": {"HF_ENDPOINT": "http://127.0.0.1:9"}}
+    again = open_in_process(hub, tmp_path, "org/folders:Q8_0", **no_network[without])
+    assert again.get("root") == found["root"] and again["revision"] == COMMIT, again
 
 
 @pytest.mark.parametrize("ignores", [False, True])

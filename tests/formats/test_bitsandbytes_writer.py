@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lowbit.formats import StoredLinear, StoredModule
 from lowbit.formats.bitsandbytes_writer import BitsAndBytesWriter as Writer
 from lowbit.numerics.llm_int8 import INT8_STEP, llm_int8_inputs
 from lowbit.numerics.nested_scales import NestedScales, dynamic_table
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
@@ -38,6 +40,21 @@ def test_four_bits(codes: str, shape: tuple[int, int], size: int, tmp_path: Path
     made = scheme(codes, (1, size), scales="f32", flattened=shape[1] % size != 0)
     modules = {f"model.layers.{n}.mlp.up_proj": linear(made, shape, n) for n in range(2)}
     round_trip(tmp_path, Writer, modules)
+
+
+@pytest.mark.parametrize(
+    ("plain", "told"), [("f16", "float16"), ("bf16", "bfloat16"), ("f32", "float32"), ("", "bfloat16")]
+)
+def test_computes_in_the_models_own_type(plain: str, told: str) -> None:
+    """bfloat16 has three bits fewer than the numbers of a float16 model."""
+    made = scheme("nf4", (1, 64), scales="f32")
+    others = {f"model.layers.{n}.mlp.gate": Scheme(number_format(plain)) for n in range(2) if plain}
+    up, router = "model.layers.0.mlp.up_proj", {"model.layers.2.mlp.gate": Scheme(number_format("f32"))}
+    writer = Writer({up: made, **others, **(router if plain else {})})
+    assert writer.quantization_config()["bnb_4bit_compute_dtype"] == told
+    written = writer.write(StoredModule(up, up, (4, 64)), cruel(made, (4, 64), 0))
+    state = json.loads(bytes(written[f"{up}.weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert state["dtype"] == told
 
 
 def test_int8(tmp_path: Path) -> None:

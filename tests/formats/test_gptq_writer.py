@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,39 @@ def test_kinds_that_are_plain_in_every_block_are_said_for_transformers() -> None
         "modules_in_block_to_quantize"
         not in GptqWriter({"model.layers.0.mlp.up_proj": four}).quantization_config()
     )
+
+
+def test_layers_of_vllm_and_sglang_are_named_too() -> None:
+    """They ask for qkv_proj where the modules are q_proj, k_proj and v_proj, and for all experts together."""
+    four, eight, plain = GPTQ[2], GPTQ[3], Scheme(number_format("bf16"))
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    experts = [f"mlp.experts.{n}.{leaf}" for n in (0, 1) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    schemes = {f"model.layers.0.{leaf}": four for leaf in (*attention, *experts)}
+    schemes |= {f"model.layers.1.{leaf}": eight for leaf in attention}
+    schemes |= {f"model.layers.1.{leaf}": plain for leaf in experts}
+    schemes |= {f"model.layers.2.{leaf}": plain for leaf in (*attention, "mlp.up_proj")}
+    schemes |= {"model.layers.2.mlp.gate_proj": four}
+    dynamic = GptqWriter(schemes).quantization_config()["dynamic"]
+    assert isinstance(dynamic, dict)
+
+    def override(prefix: str) -> object:
+        """What vLLM's get_dynamic_override finds for a layer."""
+        for pattern, values in dynamic.items():
+            if re.match(pattern[2:], prefix):
+                return False if pattern.startswith("-:") else values
+        return None
+
+    assert override("model.layers.0.self_attn.qkv_proj") is None
+    assert override("model.layers.1.self_attn.qkv_proj") == {"bits": 8}
+    assert override("model.layers.2.self_attn.qkv_proj") is False
+    assert override("model.layers.0.mlp.experts") is None
+    assert override("model.layers.1.mlp.experts") is False
+    assert override("model.layers.2.mlp.gate_up_proj") is None  # of which one half is quantized
+    left = AwqWriter({n: s for n, s in schemes.items() if s != eight}).quantization_config()
+    skipped = left["modules_to_not_convert"]
+    assert isinstance(skipped, list)
+    assert {"model.layers.2.self_attn.qkv_proj", "model.layers.1.mlp.experts"} <= set(skipped)
+    assert not [name for name in skipped if "layers.0" in name or "gate_up_proj" in name]
 
 
 @pytest.mark.parametrize("zeros", ["v1", "v2"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -185,6 +186,48 @@ def test_folding_scales_changes_no_logit(
     before = prompt_logits(load_model(header, device="cpu"), text(7, 1))[0]
     after = prompt_logits(quantized_model(header, stream, device="cpu"), text(7, 1))[0]
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen2Moe"])
+@pytest.mark.parametrize("kept", ["qkv?_proj", "(gate|up|gate_up)_proj"])
+def test_what_stays_float_follows_the_scales_of_what_it_feeds(
+    kept: str, family: str, checkpoints: dict[str, CheckpointHeader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V and up give their rows' scales away whether or not they are quantized themselves."""
+    folded = []
+    apply = block_module.apply_fold
+
+    def recorded(block: block_module.FloatBlock, fold: block_module.Fold, scales: Tensor) -> None:
+        folded.append(fold.producer)
+        apply(block, fold, scales)
+
+    def unrounded(linear: block_module.FloatLinear, _: CalibrationOptions) -> QuantizedTensor:
+        return QuantizedTensor(dense("f32"), tuple(linear.weight.shape), linear.weight.clone())
+
+    def keep(name: str) -> bool:
+        return re.search(rf"\.({kept.replace('qkv?', '([qkv]|qkv)')})$", name) is not None
+
+    monkeypatch.setattr(block_module, "apply_fold", recorded)
+    monkeypatch.setattr(block_module, "_quantize", unrounded)
+    header = checkpoints[family]
+    stream = list(calibrate(header, text(1, 2), options("awq", bits=3, scale_steps=4), keep=keep))
+    assert any("qkv" in name if "qkv" in kept else "gate_up" in name for name in folded)
+    before = prompt_logits(load_model(header, device="cpu"), text(7, 1))[0]
+    after = prompt_logits(quantized_model(header, stream, device="cpu"), text(7, 1))[0]
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+def test_a_half_kept_layer_is_refused_before_any_work(
+    checkpoints: dict[str, CheckpointHeader],
+) -> None:
+    """The last block's, too: nothing of the stream was asked for yet."""
+    with pytest.raises(
+        LowbitError, match=r"layers\.1\.self_attn\.q_proj is to be quantized otherwise"
+    ) as caught:
+        calibrate(
+            checkpoints["Llama"], text(1), options("gptq"), keep=lambda name: "1.self_attn.q_proj" in name
+        )
+    assert caught.value.code == "E0405"
 
 
 def test_every_kind_of_fold_takes_place(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,6 +26,7 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.tokenization import load_chat_template, load_tokenizer
+from models.test_deepseek import make_checkpoint
 
 GGUF = FIXTURES / "gguf_families"
 MORE = FIXTURES / "gguf_more_families"
@@ -254,3 +255,19 @@ def test_embedded_model_in_transformers(tmp_path: Path) -> None:
         [mine] = llm.generate(ids, SamplingParams(max_tokens=24, temperature=0.0))
     assert mine.tokens == theirs[len(ids) :]
     assert "rainbow" in tokenizer.decode(mine.tokens).lower()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_layers_of_prediction_are_left_out_and_said(stored: bool, tmp_path: Path) -> None:
+    """And config.json no longer promises them to tools that would use them."""
+    make_checkpoint("DeepseekV3", tmp_path / "in")
+    file, config = tmp_path / "in" / "model.safetensors", tmp_path / "in" / "config.json"
+    if stored:
+        save_file({**load_file(file), "model.layers.3.eh_proj.weight": torch.ones(2, 2)}, file)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_nextn_predict_layers": 1}))
+    done = convert(open_checkpoint(str(tmp_path / "in")), "dense", tmp_path / "out")
+    said = "1 tensors of layers that predict further tokens (MTP) were left out, like model.layers.3.eh_proj"
+    assert any(note.startswith(said) for note in done.notes) == stored
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == (0 if stored else 1)
+    assert "model.layers.3.eh_proj.weight" not in tensors_of(tmp_path / "out")

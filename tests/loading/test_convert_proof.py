@@ -16,6 +16,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from formats.helpers import FIXTURES
 from forward_helpers import prompt_logits
@@ -312,6 +313,26 @@ def test_requantized(name: str, form: str, method: str, key: str, tmp_path: Path
                 assert 0 < entry["largest_relative_error"] <= 1
     changed = [line for line in summary(done) if "largest error" in line]
     assert len(changed) == len(done.errors) and bool(changed) == bool(key)
+
+
+def test_outer_scales_that_others_take_for_one_are_told(tmp_path: Path) -> None:
+    """vLLM and SGLang read Q, K and V of NVFP4 under the largest of their outer scales."""
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "compressed_tensors" / "nvfp4", source)
+    tensors = load_file(source / "model.safetensors")
+    first = "model.layers.0.self_attn"
+    for leaf in ("q_proj", "k_proj", "v_proj"):
+        tensors[f"{first}.{leaf}.weight_global_scale"] = torch.tensor([256.0])
+    for leaf in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.0.mlp.{leaf}.weight_global_scale"] = torch.tensor([512.0])
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    alike = convert(open_checkpoint(str(source)), "modelopt", tmp_path / "alike").notes
+    tensors[f"{first}.k_proj.weight_global_scale"] *= 2
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    notes = convert(open_checkpoint(str(source)), "modelopt", tmp_path / "apart").notes
+    [more] = [note for note in notes if note not in alike]
+    assert more.startswith(f"the parts of 1 layers like {first}.qkv_proj have outer scales of their own")
+    assert more in certificate_of(tmp_path / "apart")["notes"]
 
 
 def test_an_outer_scale_is_rounded_and_nothing_else(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from lowbit.quantize.method import Module, build_method
-from lowbit.quantize.recipe import Asked, Recipe
+from lowbit.quantize.recipe import Asked, Recipe, fused_name
 from lowbit.quantize.specification import parse_method
 from models.family_cases import SIZES as FAMILY_SIZES
 from models.family_cases import saved
@@ -59,10 +59,10 @@ def make(folder: Path, kind: type = LlamaForCausalLM, **changes: object) -> PreT
     return model
 
 
-def rounded(weight: Tensor, method: str, name: str) -> Tensor:
+def rounded(weight: Tensor, method: str, name: str, largest: float = 0.0) -> Tensor:
     """The weight as the method leaves it, by the method itself: its numbers are tested elsewhere."""
     built = build_method(parse_method(method))
-    module = Module(name, (weight.shape[0], weight.shape[1]), "f32")
+    module = Module(name, (weight.shape[0], weight.shape[1]), "f32", largest=largest)
     return built.quantize(weight, module, name).weight.dequantize()
 
 
@@ -103,9 +103,13 @@ def on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", WEIGHTS_ONLY)
 def test_logits_equal_transformers_on_the_rounded_weights(method: str, tmp_path: Path) -> None:
     oracle = make(tmp_path)
-    for name, module in oracle.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = rounded(module.weight.data, method, name)
+    linears = [(n, m) for n, m in oracle.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    largest: dict[str, float] = {}  # of all parts of a layer, for the outer scale of nvfp4
+    for name, module in linears:
+        layer = fused_name(name)
+        largest[layer] = max(largest.get(layer, 0.0), float(module.weight.detach().abs().max()))
+    for name, module in linears:
+        module.weight.data = rounded(module.weight.data, method, name, largest[fused_name(name)])
     model = load_model(open_checkpoint(str(tmp_path)), device="cpu", quantization=method)
     got, expected = prompt_logits(model, [PROMPT])[0], oracle_logits(oracle)
     assert distance(got, expected) <= 1e-5

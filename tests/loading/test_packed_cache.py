@@ -353,9 +353,9 @@ def test_what_a_reader_noted_is_said_again(
     make(tmp_path / "m")
     plain_read = Loader._read
 
-    def read(self: Loader, *arguments: object) -> object:
+    def read(self: Loader, *arguments: object, **others: object) -> object:
         self.opened.notes.contradiction("E0214", f"the data say {self.done or 'no'} more")
-        return plain_read(self, *arguments)  # type: ignore[arg-type]
+        return plain_read(self, *arguments, **others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Loader, "_read", read)
     load(tmp_path / "m", cache)

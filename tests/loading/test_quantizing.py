@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import FineGrainedFP8Config, LlamaForCausalLM, MixtralForCausalLM
 
 from formats.helpers import FIXTURES
@@ -19,7 +22,7 @@ from loading.test_online import make as make_float32
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.writing import writer_of
-from lowbit.loading import Calibration, load_model, plan_model
+from lowbit.loading import Calibration, load_model, plan_model, quantizing
 from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
 from lowbit.tokenization import load_tokenizer
@@ -51,7 +54,7 @@ def with_tokenizer(folder: Path) -> None:
 SAVED = {
     "fp8": "compressed-tensors",
     "fp8:weights=block": "fp8",
-    "fp8:weights=tensor": "fp8",
+    "fp8:weights=tensor": "compressed-tensors",
     "w8a8_fp8": "w8a8_fp8",
     "w8a8_int8": "w8a8_int8",
     "blockwise_int8": "blockwise_int8",
@@ -90,6 +93,42 @@ def test_what_is_saved_is_what_was_served(
     with pytest.raises(LowbitError, match="saved") as caught:
         load_model(header, device="cpu", quantization=method, save=out)
     assert caught.value.code == "E0302"
+
+
+def outer_scales(folder: Path, suffix: str = "weight_global_scale") -> dict[str, float]:
+    """By the modules of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name.rpartition(".")[0]: float(t) for name, t in tensors.items() if name.endswith(suffix)}
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MixtralForCausalLM])
+def test_parts_of_a_layer_have_one_outer_scale(kind: type, tmp_path: Path) -> None:
+    """vLLM and SGLang run Q, K and V as one matrix, gate and up too, and take one outer scale for it."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if kind is MixtralForCausalLM else {}
+    make(tmp_path / "float", kind, **experts)
+    source = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(source)
+    for name in tensors:
+        if name.endswith(("k_proj.weight", "up_proj.weight", "w3.weight")):
+            tensors[name] *= 3
+    save_file(tensors, source, {"format": "pt"})
+    header = open_checkpoint(str(tmp_path / "float"))
+    served = load_model(header, device="cpu", quantization="nvfp4")
+    load_model(header, device="cpu", quantization="nvfp4", save=tmp_path / "saved")
+    convert(header, "modelopt", tmp_path / "modelopt", requantize="nvfp4")
+    saved, other = (
+        outer_scales(tmp_path / "saved"),
+        outer_scales(tmp_path / "modelopt", "weight_scale_2"),
+    )
+    assert all(1 / saved[name] == pytest.approx(other[name]) for name in saved) and len(saved) == len(other)
+    layers: dict[str, set[float]] = {}
+    for name, scale in saved.items():
+        layer = re.sub(r"[qkv]_proj$|(gate|up)_proj$|w[13]$", "", name)
+        layers.setdefault(layer if layer != name else f"{name}.", set()).add(scale)
+    assert all(len(scales) == 1 for scales in layers.values()) and len(layers) < len(saved)
+    assert len(set(saved.values())) > 1
+    loaded = load_model(open_checkpoint(str(tmp_path / "saved")), device="cpu", strict=True)
+    assert torch.equal(prompt_logits(served, [PROMPT])[0], prompt_logits(loaded, [PROMPT])[0])
 
 
 def test_a_mixed_recipe_is_saved_whole(tmp_path: Path) -> None:
@@ -251,6 +290,96 @@ def test_calibration_leaves_alone_what_a_recipe_keeps(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="take all of them or none") as caught:
         load_model(header, device="cpu", quantization=Asked(f"gptq:{OPTIONS}", ignore="q_proj"))
     assert caught.value.code == "E0405"
+
+
+MIXED = {
+    "keep": 'quantization = "keep"',
+    "int8": 'quantization = "int8"\ngroup_size = 32',
+}
+# A norm that attention and MLP share scales both; the rows of Falcon's Q, K and V lie in groups.
+SHARED_NORM: dict[str, dict[str, object]] = {
+    "Cohere": {"num_key_value_heads": 2},
+    "Falcon": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "alibi": False,
+        "intermediate_size": 512,
+    },
+}
+
+
+@pytest.mark.parametrize("family", SHARED_NORM)
+@pytest.mark.parametrize("other", MIXED)
+def test_other_modules_take_over_scales_of_awq(family: str, other: str, tmp_path: Path) -> None:
+    """Kept, or quantized by another method, in the rows of the file."""
+    sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    kind = getattr(transformers, f"{family}Config")
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}ForCausalLM")(kind(**{**sizes, **SHARED_NORM[family]}))
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
+            parameter.uniform_(0.3, 0.6) if norm else parameter.normal_(0, 0.1)
+            if norm:
+                parameter[torch.randperm(len(parameter))[:6]] *= 12  # loud channels: scales far from 1
+    model.save_pretrained(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    recipe = tmp_path / "recipe.toml"
+    rule = f'[[rule]]\nmodules = ["qkv_proj", "query_key_value"]\n{MIXED[other]}\n'
+    recipe.write_text(f'default = "awq:{OPTIONS},group_size=64"\n{rule}')
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=Asked(recipe_file=str(recipe)), save=tmp_path / "saved")
+    loaded = load_model(open_checkpoint(str(tmp_path / "saved")), device="cpu", strict=True)
+    wanted = prompt_logits(load_model(header, device="cpu"), [PROMPT])[0].float().log_softmax(-1)
+    found = prompt_logits(loaded, [PROMPT])[0].float().log_softmax(-1)
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.02
+
+
+def test_what_becomes_another_format_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """256 and 320 columns have groups of 128 and 64: AWQ's files have one, GPTQ's rules are GPTQModel's."""
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=f"awq:{OPTIONS}", save=tmp_path / "awq")
+    assert (
+        "it is a compressed-tensors checkpoint (awq: --format awq: groups are 64 in model.layers"
+        in caplog.text
+    )
+    assert "or quantize with group_size=64" in caplog.text
+    caplog.clear()
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS}", save=tmp_path / "gptq")
+    assert "For transformers: group_size=64 where groups alone differ, --format" in caplog.text
+    caplog.clear()
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS},group_size=64", save=tmp_path / "one")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_calibration_text_begins_with_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sequence, as what is served does, and no document in the middle of one."""
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "float" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["~"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="~ $A", special_tokens=[("~", tokenizer.token_to_id("~"))]
+    )
+    tokenizer.save(str(tmp_path / "float" / "tokenizer.json"))
+    (tmp_path / "float" / "tokenizer_config.json").write_text('{"bos_token": "~"}')
+    seen: list[list[int]] = []
+    plain = quantizing.calibrate
+
+    def recorded(header: object, sequences: list[list[int]], *arguments: object, **others: object) -> object:
+        seen.extend(sequences)
+        return plain(header, sequences, *arguments, **others)
+
+    monkeypatch.setattr(quantizing, "calibrate", recorded)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{"word " * 10}"}}\n' for _ in range(20)))
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS}", calibration=Calibration(text))
+    bos = tokenizer.token_to_id("~")
+    assert len(seen) == 4 and all(one[0] == bos and bos not in one[1:] and len(one) == 64 for one in seen)
 
 
 def test_plans_of_calibrated_methods_need_no_text(tmp_path: Path, own_cache: Path) -> None:

@@ -14,6 +14,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
+from lowbit.loading.quantizing import Quantizing
 from models.test_vision_checkpoints import make
 
 PROMPT = list(range(3, 40))
@@ -27,7 +28,7 @@ def towers(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("case", ["Llava", "Qwen2_5_VL", "Gemma3"])
+@pytest.mark.parametrize("case", ["Llava", "Qwen2_5_VL", "Gemma3", "Qwen3VLMoe"])
 @pytest.mark.parametrize("method", ["rtn", "nf4"])
 def test_a_quantized_vision_checkpoint_is_whole(case: str, method: str, tmp_path: Path) -> None:
     make(case, tmp_path / "float").bfloat16().save_pretrained(tmp_path / "float")
@@ -49,6 +50,20 @@ def test_a_quantized_vision_checkpoint_is_whole(case: str, method: str, tmp_path
     convert(open_checkpoint(str(tmp_path / "saved")), "dense", tmp_path / "dense")
     again = towers(tmp_path / "dense")
     assert before.keys() == again.keys() and all(torch.equal(before[n], again[n]) for n in before)
+
+
+def test_experts_apart_lie_where_their_stack_lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the language model's prefix: quantized by a calibrated method, and by a conversion."""
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    make("Qwen3VLMoe", tmp_path / "float").bfloat16().save_pretrained(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    monkeypatch.setattr(Quantizing, "_sequences", lambda self, spec: [list(range(3, 67))] * 2)
+    load_model(header, device="cpu", quantization="gptq:group_size=32", save=tmp_path / "saved")
+    convert(header, "compressed-tensors", tmp_path / "converted", requantize="")
+    for folder, suffix in (("saved", "qweight"), ("converted", "weight_packed")):
+        made = open_checkpoint(str(tmp_path / folder))
+        assert f"model.language_model.layers.0.mlp.experts.1.up_proj.{suffix}" in made.tensors
+        load_model(made, device="cpu", strict=True)
 
 
 def test_gguf_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

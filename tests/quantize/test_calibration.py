@@ -17,6 +17,7 @@ from lowbit.quantize.calibration import (
     read_texts,
     token_sequences,
 )
+from lowbit.quantize.method import Module, build_method
 from lowbit.quantize.specification import parse_method
 
 
@@ -38,6 +39,14 @@ def test_sequences_are_spread_over_all_the_text() -> None:
     assert [sequence[0] - 256 for sequence in found] == [0, 250, 500, 750]
     assert all(sequence == list(range(sequence[0], sequence[0] + 100)) for sequence in found)
     assert found == token_sequences(letters, [text], count=4, length=100)
+
+
+def test_every_sequence_begins_as_the_model_expects() -> None:
+    """With BOS where the tokenizer puts one, and no longer for it."""
+    found = token_sequences(letters, ["ab" * 100, "cd" * 100], count=4, length=50, first=2)
+    assert [len(sequence) for sequence in found] == [50] * 4
+    assert all(sequence[0] == 2 and 2 not in sequence[1:] for sequence in found)
+    assert found[0][1:] == letters("ab" * 24 + "a")
 
 
 def test_short_text_gives_fewer_sequences_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -108,3 +117,19 @@ def test_the_names_of_the_flag() -> None:
     marlin = options_of(parse_method("marlin"))
     assert (marlin.method, marlin.bits, marlin.symmetric, marlin.group_size) == ("gptq", 4, True, 128)
     assert options_of(parse_method("gptq:group_size=-1,bits=8")).group_size == -1
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "fits"),
+    [
+        ("awq", (24, 64), True),
+        ("awq", (12, 64), False),  # a word of AWQ's has eight rows
+        ("awq", (24, 84), True),
+        ("gptq", (24, 64), True),
+        ("gptq", (12, 64), False),
+        ("gptq", (24, 84), False),
+    ],
+)
+def test_codes_fill_whole_words(method: str, shape: tuple[int, int], fits: bool) -> None:
+    reason = build_method(parse_method(method)).refuses(Module("m", shape))
+    assert (reason is None) == fits, reason

@@ -171,6 +171,8 @@ def test_names_of_other_engines_lead_to_methods() -> None:
         ("fp9", r"unknown quantization method 'fp9'; did you mean 'fp\d'\? Known: fp8, "),
         ("", "unknown quantization method ''. Known: "),
         ("zzzzzz", "unknown quantization method 'zzzzzz'. Known: "),
+        ("Q4_K_M", "'Q4_K_M' is a type of GGUF files; write gguf:type=q4_k_m"),
+        ("iq4_nl", "'iq4_nl' is a type of GGUF files; write gguf:type=iq4_nl"),
         ("modelopt_fp4", "'modelopt_fp4' is another engine's name; use nvfp4"),
         ("auto-round", "'auto-round' is another engine's name; use gptq"),
         (

@@ -73,7 +73,7 @@ def fetch(
             folder = Path(snapshot_download(reference.repo, revision=wanted, local_files_only=True))
         except (LocalEntryNotFoundError, FileNotFoundError):
             raise _not_cached(reference, wanted) from None
-        return _chosen(folder, reference, [path.name for path in folder.iterdir()]), folder.name
+        return _chosen(folder, reference, _files_in(folder)), folder.name
     try:
         info = HfApi().model_info(reference.repo, revision=wanted, files_metadata=True)
     except Exception as error:
@@ -203,7 +203,7 @@ def _from_cache(reference: Reference, revision: str, error: Exception) -> tuple[
         folder = Path(snapshot_download(reference.repo, revision=revision, local_files_only=True))
     except Exception:  # not cached: the network's error is the one to tell
         return None
-    return _chosen(folder, reference, [path.name for path in folder.iterdir()]), folder.name
+    return _chosen(folder, reference, _files_in(folder)), folder.name
 
 
 def needed_files(reference: Reference, names: list[str]) -> list[str]:
@@ -278,6 +278,11 @@ def _chosen(folder: Path, reference: Reference, names: list[str]) -> Path:
         raise LowbitError(error.code, f"{error.message} (in the cache, {folder.name[:12]})") from None
     first = needed[0]
     return folder / first if first.endswith(".gguf") else folder
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The files of a snapshot in the cache, named as the hub lists them: GGUF files may lie in folders."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _not_cached(reference: Reference, revision: str) -> LowbitError:

@@ -100,7 +100,11 @@ def _may_succeed(error: BaseException) -> bool:
 
 def check_output(out: Path, *, force: bool, source: Path | None) -> None:
     """E0302 where ``out`` may not be written; in a folder's place an empty one may lie."""
-    if not os.path.lexists(out) or (out.suffix != ".gguf" and _is_empty_folder(out)):
+    if not os.path.lexists(out):
+        return
+    if out.suffix != ".gguf" and _is_empty_folder(out):
+        if os.path.samefile(out, os.curdir):  # whoever is in it would be in a folder that is gone
+            raise LowbitError("E0302", f"{printable(out)} is where you are; name a folder in it")
         return
     if not force:
         raise LowbitError(

@@ -7,13 +7,16 @@
 ``applied`` gives the header the corrected checkpoint would have, so that one run of the doctor finds what the
 first fault hides. ``write`` copies file by file with one buffer: a shard whose names do not change is copied
 as it is, another gets a new header and its payload tensor by tensor. The copy appears under its name complete
-or not at all. Weights that are not this model's (pickles, stray shards) and folders in its folder are left.
+or not at all. Weights that are not this model's (pickles, stray shards) and folders in its folder are left,
+but for the template of tools; hashes of files that changed are left out of lists of hashes.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -23,9 +26,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lowbit.checkpoint.documents import read_json
+from lowbit.checkpoint.hashes import CERTIFICATE, MANIFEST
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.safetensors_file import DTYPE_BITS, INDEX, read_safetensors_header
 from lowbit.errors import LowbitError, printable, thousands
+from lowbit.tokenization.chat_template import TOOL_TEMPLATE
 
 _BUFFER = 8 << 20
 _NESTED = ("text_config", "llm_config", "language_config", "language_model_config")
@@ -135,13 +140,16 @@ class Correction:
         for path, entries in shards.items():
             for name, nbytes in self._write_shard(path, entries, target / path.name, count):
                 weight_map[name], size = path.name, size + nbytes
-        for path in sorted(header.root.iterdir()):
+        for path in [*sorted(header.root.iterdir()), header.root / TOOL_TEMPLATE]:
             if path.is_file() and path not in shards and path.suffix not in _WEIGHTS:
-                self._write_document(header, path, target / path.name)
+                copy = target / path.relative_to(header.root)
+                copy.parent.mkdir(exist_ok=True)
+                self._write_document(header, path, copy)
         stored = (header.root / INDEX).exists()
         if self.index or (stored and (self.renames or self.added or self.dropped)):
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(target / INDEX, index)
+        _forget_other_hashes(header.root, target)
 
     def _write_document(self, header: CheckpointHeader, source: Path, target: Path) -> None:
         name = source.name
@@ -212,6 +220,24 @@ def _write_safetensors(
             else:
                 new.write(place.source.numpy().astype("<i4").tobytes())
         _settle(new.fileno(), new.flush)
+
+
+def _forget_other_hashes(source: Path, target: Path) -> None:
+    """Leave out of what is known of the files (``checkpoint.hashes``) what does not hold of the copies."""
+
+    def as_it_was(name: str) -> bool:
+        paths = source / name, target / name
+        return Path(name).name == name and paths[1].is_file() and filecmp.cmp(*paths, shallow=False)
+
+    if (target / CERTIFICATE).exists() and not all(
+        map(as_it_was, (p.name for p in target.glob("*.safetensors")))
+    ):
+        (target / CERTIFICATE).unlink()
+    manifest = target / MANIFEST
+    if manifest.exists():
+        lines = manifest.read_text("utf-8", "replace").splitlines()
+        kept = [line for line in lines if line.startswith("#") or as_it_was(re.sub(r"^\S+ [ *]", "", line))]
+        manifest.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
 
 def _pour(

@@ -29,16 +29,16 @@ _SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 class BitsAndBytesWriter(CheckpointWriter):
     """``nested``: module name -> its scales quantized again, for those that are to be stored so.
 
-    ``dtype``: what the tool dequantizes to.
+    ``dtype``: what the tool dequantizes to and computes in, that of most plain matrices.
     """
 
     name = "bitsandbytes"
     writes = "nf4, fp4, with double quantization or without; int8"
 
-    def __init__(self, schemes: Mapping[str, Scheme], dtype: str = "bfloat16") -> None:
+    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
         self.nested: dict[str, NestedScales] = {}
-        self.dtype = dtype
+        self.dtype = self.usual_float()
         kinds = {_KINDS[scheme.weight.name]: name for name, scheme in self.quantized().items()}
         if len(kinds) > 1:
             told = ", ".join(f"{kind} in {name}" for kind, name in sorted(kinds.items()))
@@ -130,7 +130,7 @@ class BitsAndBytesWriter(CheckpointWriter):
 
     def quantization_config(self) -> dict[str, object]:
         """transformers' BitsAndBytesConfig."""
-        four = self.kind != "int8"
+        four, left = self.kind != "int8", self.left_alone()
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": four,
@@ -142,7 +142,7 @@ class BitsAndBytesWriter(CheckpointWriter):
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_threshold": self.threshold,
-            "llm_int8_skip_modules": self.left_alone(),
+            "llm_int8_skip_modules": [*left, *self.run_as_one(left)],
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }

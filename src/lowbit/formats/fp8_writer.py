@@ -94,6 +94,15 @@ class Fp8Writer(_OneWay):
             allowed.append(_dynamic("e4m3", 0, 448.0))
         return None if activation in allowed else f"inputs cannot be said to be {activation}"
 
+    def warning(self) -> str:
+        """Of scales of whole tensors, which others know under other names."""
+        if self.block or self._rows is not None:
+            return ""
+        return (
+            "vLLM and SGLang know scales of whole tensors as weight_scale and input_scale, and transformers' "
+            "names of them in few families. For them: --format compressed-tensors"
+        )
+
     def _inputs(self, scheme: Scheme) -> object:
         activation = scheme.activation
         if scheme.blocks[0] == (1, 0):

@@ -104,9 +104,12 @@ class GptqWriter(CheckpointWriter):
         if not rules and not config["lm_head"]:
             return ""
         where = "modules with a rule of their own" if rules else "the quantized head"
+        groups = {scheme.blocks[0][1] for scheme in self.quantized().values()}
+        several = rules and len(groups) > 1 and 0 not in groups
+        one = f"group_size={min(groups)} where groups alone differ, " if several else ""
         return (
             f"GPTQModel reads it. transformers does not heed {where} and opens the folder all the same: "
-            "after a warning it computes with random weights there, or it stops. For transformers: "
+            f"after a warning it computes with random weights there, or it stops. For transformers: {one}"
             "--format compressed-tensors, where no module has zero points, or dense"
         )
 
@@ -116,11 +119,16 @@ class GptqWriter(CheckpointWriter):
         ((base, _),) = Counter(tuple(rule.items()) for rule in rules.values()).most_common(1)
         common: Json = dict(base)
         dynamic: Json = {}
+        other: dict[tuple[tuple[str, object], ...], list[str]] = {}
         for name, rule in rules.items():
             if rule != common:
-                dynamic[f"+:^{re.escape(name)}$"] = {k: v for k, v in rule.items() if v != common[k]}
+                other.setdefault(tuple(rule.items()), []).append(name)
+        for told, named in other.items():
+            differs = {k: v for k, v in told if v != common[k]}
+            dynamic |= {f"+:^{re.escape(name)}$": differs for name in (*named, *self.run_as_one(named))}
         inside = [name for name in self.left_alone() if not name.endswith("lm_head")]
-        dynamic |= {f"-:^{re.escape(name)}$": {} for name in inside}
+        excluded = [*inside, *self.run_as_one(inside)]
+        dynamic |= {f"-:^{re.escape(name)}$": {} for name in excluded}
         found: Json = {
             "quant_method": "gptq",
             **common,
@@ -135,7 +143,7 @@ class GptqWriter(CheckpointWriter):
         if dynamic:
             found["dynamic"] = dynamic
             kinds = _kinds(list(rules), inside)
-            if kinds and len(dynamic) == len(inside):
+            if kinds and not other:
                 found["modules_in_block_to_quantize"] = [kinds]  # what transformers heeds instead
         return found
 
@@ -175,7 +183,9 @@ class AwqWriter(CheckpointWriter):
         if len(groups) > 1:
             told = ", ".join(f"{group} in {name}" for group, name in sorted(groups.items()))
             raise LowbitError(
-                "E0450", f"--format awq: groups are {told}; an AWQ checkpoint has one. Use compressed-tensors"
+                "E0450",
+                f"--format awq: groups are {told}; an AWQ checkpoint has one. Use compressed-tensors, or "
+                f"quantize with group_size={min(groups)}",
             )
         self.group = next(iter(groups), 0)
 
@@ -211,7 +221,7 @@ class AwqWriter(CheckpointWriter):
 
     def quantization_config(self) -> dict[str, object]:
         """AutoAWQ's config, under both of its spellings."""
-        group = self.group or -1
+        group, left = self.group or -1, self.left_alone()
         return {
             "quant_method": "awq",
             "bits": 4,
@@ -220,7 +230,7 @@ class AwqWriter(CheckpointWriter):
             "q_group_size": group,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": self.left_alone(),
+            "modules_to_not_convert": [*left, *self.run_as_one(left)],
         }
 
 

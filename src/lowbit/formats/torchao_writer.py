@@ -21,7 +21,6 @@ inputs to quantize is plain; ``tensor_names`` lists the quantized ones, in every
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -64,8 +63,7 @@ class TorchaoWriter(CheckpointWriter):
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
-        plain = Counter(scheme.weight.name for scheme in self.schemes.values() if scheme.is_dense)
-        self.dtype = _TORCH[plain.most_common(1)[0][0]] if plain else "bfloat16"
+        self.dtype = self.usual_float()
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:

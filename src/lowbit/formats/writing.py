@@ -6,10 +6,13 @@ the business of quantizers. The writers live in modules called ``<format>_writer
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import ClassVar
@@ -17,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.formats import InputRule, StoredModule
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -29,6 +32,11 @@ NOT_IN_TRANSFORMERS = (
     "transformers does not know it and opens the folder all the same: after a warning it takes the codes for "
     "weights, without their scales"
 )
+# What vLLM and SGLang make one layer of. Where they look for its name in a list of modules, they find it only
+# if it stands there: they take such lists for names of layers (GPTQ's rules, AWQ's and bitsandbytes' lists).
+_RUN_AS_ONE = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 
 
@@ -151,6 +159,28 @@ class CheckpointWriter:
         """The modules that are not plain."""
         return {name: scheme for name, scheme in self.schemes.items() if not scheme.is_dense}
 
+    def usual_float(self) -> str:
+        """PyTorch's name for the dtype of most plain matrices, which tools compute in; bfloat16 if none."""
+        plain = Counter(scheme.weight.name for scheme in self.schemes.values() if scheme.is_dense)
+        return _TORCH[plain.most_common(1)[0][0]] if plain else "bfloat16"
+
+    def run_as_one(self, names: Collection[str]) -> list[str]:
+        """The layers, as vLLM and SGLang call them, all of whose modules are among ``names``."""
+        listed = set(names)
+        found: dict[str, None] = {}
+        for name in names:
+            if _EXPERT.fullmatch(name) is not None:
+                continue
+            stem, _, leaf = name.rpartition(".")
+            for layer, leaves in _RUN_AS_ONE.items():
+                if leaf == leaves[0] and all(f"{stem}.{other}" in listed for other in leaves):
+                    found[f"{stem}.{layer}"] = None
+        experts: dict[str, bool] = {}
+        for name in self.schemes:
+            if (match := _EXPERT.fullmatch(name)) is not None:
+                experts[match[1]] = experts.get(match[1], True) and name in listed
+        return [*found, *(name for name, whole in experts.items() if whole)]
+
     def left_alone(self) -> list[str]:
         """The plain modules other than embeddings, which no tool takes for a Linear.
 
@@ -233,5 +263,8 @@ def writer_of(name: str) -> type[CheckpointWriter]:
     """The writer of a format, or E0450 with those that are."""
     writers = all_writers()
     if name not in writers:
-        raise LowbitError("E0450", f"--format {name}: not written; written are {', '.join(sorted(writers))}")
+        near = difflib.get_close_matches(name.lower(), writers, n=1)
+        hint = f"did you mean {near[0]}? Written" if near else "written"
+        known = ", ".join(sorted(writers))
+        raise LowbitError("E0450", f"--format {printable(name)}: not written; {hint} are {known}")
     return writers[name]

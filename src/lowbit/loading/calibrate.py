@@ -82,7 +82,9 @@ def calibrate(
     model = opened.family.build(opened.config, loader)
     loader.refuse_leftovers()
     assert isinstance(model, Decoder), "decoder.build builds decoders"
-    return _Walk(model, loader, options, keep).run(sequences, on_progress or (lambda done, total, what: None))
+    walk = _Walk(model, loader, options, keep)
+    walk.check_kept()
+    return walk.run(sequences, on_progress or (lambda done, total, what: None))
 
 
 def quantized_model(
@@ -306,6 +308,12 @@ class _Walk:
     ) -> None:
         self.model, self.loader, self.options, self.keep = model, loader, options, keep
 
+    def check_kept(self) -> None:
+        """E0405 where of modules that run as one some are to be kept: before hours of work, not after."""
+        for block in self.model.blocks:
+            for linear in (linear for stage in _linears(block) for linear in stage):
+                self._stays_float(block, linear)
+
     def run(self, sequences: Sequence[list[int]], on_progress: Progress) -> Iterator[Calibrated]:
         """The stream."""
         model, layers = self.model, len(self.model.blocks)
@@ -503,7 +511,7 @@ class _CalibratedLoader(Loader):
         changed = self.calibrated_vectors.pop(name, None)
         return stored if changed is None else changed.to(self.device)
 
-    def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
+    def _read(self, place: Placed, as_stored: bool = False, largest: float = 0.0) -> ReadPart:
         name = place.part.name
         names = [name]
         if name not in self.calibrated_modules and name.endswith(".gate_up_proj"):

@@ -27,15 +27,17 @@ from lowbit.formats.gptq import Gptq
 from lowbit.formats.gptq_writer import GptqWriter
 from lowbit.formats.writing import CheckpointWriter, cannot, largest_code, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
+from lowbit.loading.online import Decision, Layers
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
-from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
+from lowbit.loading.saving import NamedTensor, Part, digest_of, left_out, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.quantize.recipe import fused_name
 
-VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
+VERSION = 2  # of what a journal depends on beside its key: raised when what is written changes
 MOST_LINES = 20  # of modules that changed, for people; the certificate has all
 
 Progress = Callable[[int, int, str], None]
@@ -120,6 +122,8 @@ def convert(
     }
 
     def check(path: Path, told: Mapping[str, Json], lost: Collection[str] = ()) -> None:
+        if apart := _outer_scales_apart(told):
+            done.notes.append(apart)
         done.prove(path, source, told, lost)
 
     with TensorData(header) as data:
@@ -154,6 +158,7 @@ def convert(
             tensors=4 * len(source.parts),
             dtype=work.dtype,
             tokenizer=tokenizer,
+            as_measured=work.is_exact,
             force=force,
             shard_bytes=shard_bytes,
             journal=journal,
@@ -171,6 +176,7 @@ class Work:
         self.dtype: str | None = None
         self.rounds = dtype is not None
         self.anew: Requantizing | None = None
+        self._layers: Layers[SourceModule] | None = None  # once it is settled what is made anew
         self.writer: CheckpointWriter
         kind = writer_of(form)
         quantized = [one for one in source.modules if requantize is not None or not one.scheme.is_dense]
@@ -289,6 +295,21 @@ class Work:
         """Of requantizing, complete."""
         return "" if self.anew is None else self.anew.spec.key
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the result computes what the source does: weights, inputs and outputs alike."""
+        stored = (self.source.form.scheme_of(module.place.module) for module in self.source.modules)
+        return not self.rounds and all(
+            planned.decision is None
+            and not planned.nearest
+            and planned.inputs is None
+            and scheme.activation == planned.scheme.activation
+            and scheme.output is None
+            for scheme, planned in zip(
+                stored, (self.planned[m.target.name] for m in self.source.modules), strict=True
+            )
+        )
+
     def planned_nbytes(self) -> int:
         """Bytes of all modules and vectors, about."""
         modules = ((self.planned[one.target.name].scheme, one.target.shape) for one in self.source.modules)
@@ -305,7 +326,7 @@ class Work:
             made = read
             after = Numbers(read.weight, multiplier, self.dtype if self.rounds else None)
         elif planned.decision is not None and self.anew is not None:
-            made = self.anew.made(read, planned.decision)
+            made = self.anew.made(read, self._with_layer(planned.decision, data))
             after = Numbers(made.weight)
         else:
             made = as_written(read, planned.scheme)
@@ -322,6 +343,8 @@ class Work:
             "sha256": found.result,
             "beside": beside(made, planned.scheme, rounded),
         }
+        if len(made.weight.scales) == 2 and made.weight.scales[1].numel() == 1:
+            told["outer_scale"] = float(made.weight.scales[1])
         if not found.equal or planned.nearest:
             if planned.decision is None and not planned.nearest and not rounded:
                 raise LowbitError(
@@ -337,6 +360,19 @@ class Work:
             if planned.nearest:
                 told["rounded"] = "outer scale"
         return replace(made, told=told)
+
+    def _with_layer(self, decision: Decision, data: TensorData) -> Decision:
+        """The decision, with the outer scale that the module's layer has, if it has one."""
+
+        def largest(module: SourceModule) -> float:
+            read = self.source.read(module, data)
+            multiplier = None if read.input is None else read.input.multiplier
+            return max(float(rows.abs().max()) for rows in Numbers(read.weight, multiplier).rows())
+
+        if self._layers is None:
+            made = ((one, self.planned[one.target.name].decision) for one in self.source.modules)
+            self._layers = Layers((one, decided) for one, decided in made if decided is not None)
+        return self._layers.decided(decision, largest)
 
     def vector(self, part: SourceVector, data: TensorData) -> Tensor:
         """A norm's weight; where it loses nothing in the type of a plain model's matrices."""
@@ -390,7 +426,24 @@ class Work:
                 )
         if self.source.has_kv_scales:
             notes.append("the KV cache's scales were left out")
-        return notes
+        return notes + left_out(self.source, self.form)
+
+
+def _outer_scales_apart(told: Mapping[str, Json]) -> str:
+    """What to tell where parts of a layer have outer scales of their own, "" where none do. ``told``: of each
+    module, its ``outer_scale`` if it has one (NVFP4)."""
+    layers: dict[str, set[object]] = {}
+    for one in told.values():
+        if "outer_scale" in one:
+            layers.setdefault(fused_name(str(one["name"])), set()).add(one["outer_scale"])
+    apart = [layer for layer, scales in layers.items() if len(scales) > 1]
+    if not apart:
+        return ""
+    return (
+        f"the parts of {len(apart)} layers like {apart[0]} have outer scales of their own: vLLM and SGLang "
+        "run them as one matrix and take the largest for all, which are other weights. For them: --format "
+        "dense, and --quantization nvfp4 --save-quantized of that"
+    )
 
 
 def _parts(

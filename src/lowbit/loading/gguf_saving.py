@@ -190,7 +190,16 @@ def _metadata(source: SourceModel, entries: list[_Entry]) -> dict[str, object]:
     config, types = source.config, [entry.type for entry in entries if len(entry.shape) > 1]
     common = max(set(types), key=types.count)
     file_types = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
-    file_types |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30}
+    file_types |= {
+        "Q2_K": 10,
+        "Q3_K": 12,
+        "Q4_K": 15,
+        "Q5_K": 17,
+        "Q6_K": 18,
+        "IQ4_NL": 25,
+        "IQ3_S": 26,
+        "IQ4_XS": 30,
+    }
     file_types |= {"TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39}
     name = source.header.config.get("_name_or_path") or source.header.root.name.removesuffix(".gguf")
     return {

@@ -46,6 +46,7 @@ from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
+from lowbit.quantize.method import largest_weight
 
 _log = logging.getLogger("lowbit")
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
@@ -288,7 +289,8 @@ class Loader(Asker):
     def _packed(self, places: list[Placed]) -> tuple[Kept, Tensor | None, list[Gathered | None]]:
         """The parts read, neighbours fused where they allow it, and packed; the inputs that are picked, and
         whose products are gathered."""
-        read = [self._read(place) for place in places]
+        largest = self._largest(places)
+        read = [self._read(place, largest=largest) for place in places]
         picked = read[0].picked
         bias = self._bias(read)
         weights: list[PackedWeight] = []
@@ -367,7 +369,15 @@ class Loader(Asker):
             self.done += self.stored_nbytes(place)
             self.on_progress(self.done, self.header.nbytes, what)
 
-    def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
+    def _largest(self, places: list[Placed]) -> float:
+        """The largest |w| of the parts that share an outer scale; 0 where not several do."""
+        decided = [(place, self.decide(place)) for place in places]
+        shared = [place for place, decision in decided if decision is not None and decision.shares_scale]
+        if len(shared) < 2:
+            return 0.0
+        return max(largest_weight(self.form.read(place.module, self.data).weight.codes) for place in shared)
+
+    def _read(self, place: Placed, as_stored: bool = False, largest: float = 0.0) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
         if (known := self.stored_scheme(place)).is_dense and weight.scheme.weight.in_bytes:
@@ -385,6 +395,7 @@ class Loader(Asker):
             weight, bias, order = weight.permute_rows(order), None if bias is None else bias[order], None
         if decision is not None:
             assert self.online is not None, "it decided"
+            decision = decision.with_largest(largest)
             made = self.online.quantize(decision, weight)  # the whole module, as in one process
             weight = made.weight
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)

@@ -32,6 +32,7 @@ _PREFIXES = (
     "",
 )
 # Where one expert's projection may lie by itself; w1, w2, w3: Mixtral's first spelling.
+_PREDICTION = re.compile(r"(model\.)?mtp\.")  # as Qwen3-Next calls what others number as further layers
 _SINGLE = {
     "gate_proj": ("{n}.gate_proj", "{n}.w1"),
     "up_proj": ("{n}.up_proj", "{n}.w3"),
@@ -353,6 +354,16 @@ class Names:
             name
             for name in self.header.tensors
             if name not in self.used and any(pattern.match(name) for pattern in known)
+        ]
+
+    def of_prediction(self) -> list[str]:
+        """Tensors of layers behind the last, which predict tokens further on (MTP) and are not run."""
+        if not self.family.prediction_layers:
+            return []
+        return [
+            name
+            for name in self.header.tensors
+            if name not in self.used and (self._layer_of(name) >= self.layers or _PREDICTION.match(name))
         ]
 
     def refuse_leftovers(self) -> None:

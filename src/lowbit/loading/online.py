@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.gguf_mixes import ModelFacts
 from lowbit.quantize.method import Method, Module, Quantized, Role, build_method
-from lowbit.quantize.recipe import Recipe
+from lowbit.quantize.recipe import Recipe, fused_name
 from lowbit.quantize.specification import MethodSpec
 
 _log = logging.getLogger("lowbit")
@@ -41,6 +42,39 @@ class Decision:
     scheme: Scheme
     method: Method | None
     reason: str = ""
+
+    @property
+    def shares_scale(self) -> bool:
+        """Whether it gets an outer scale, which is one for all parts of a layer (NVFP4): vLLM and SGLang,
+        which run Q, K and V as one matrix, take the largest of several for all of them."""
+        return self.method is not None and len(self.scheme.blocks) == 2
+
+    def with_largest(self, largest: float) -> Decision:
+        """For a module whose layer has weights up to ``largest``."""
+        return replace(self, module=replace(self.module, largest=largest))
+
+
+T = TypeVar("T")
+
+
+class Layers(Generic[T]):
+    """The modules of each layer that share an outer scale, and how large their weights are."""
+
+    def __init__(self, decided: Iterable[tuple[T, Decision]]) -> None:
+        self._parts: dict[str, list[T]] = {}
+        self._largest: dict[str, float] = {}
+        for module, decision in decided:
+            if decision.shares_scale:
+                self._parts.setdefault(fused_name(decision.module.name), []).append(module)
+
+    def decided(self, decision: Decision, largest: Callable[[T], float]) -> Decision:
+        """The decision, with the scale of its layer; ``largest``: max |w| of one of its modules."""
+        layer = fused_name(decision.module.name)
+        if not decision.shares_scale or len(self._parts.get(layer, ())) < 2:
+            return decision
+        if layer not in self._largest:
+            self._largest[layer] = max(map(largest, self._parts[layer]))
+        return decision.with_largest(self._largest[layer])
 
 
 @dataclass

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -28,9 +29,9 @@ from lowbit.formats.writing import CheckpointWriter, writer_of
 from lowbit.loading.calibrate import Calibrated, calibrate
 from lowbit.loading.gguf_saving import save_gguf
 from lowbit.loading.names import Names, row_order
-from lowbit.loading.online import Decision, Online, facts_of
+from lowbit.loading.online import Decision, Layers, Online, facts_of
 from lowbit.loading.opened import Opened
-from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
+from lowbit.loading.saving import NamedTensor, Part, digest_of, left_out, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
@@ -40,6 +41,7 @@ from lowbit.quantize.calibration import (
     CalibrationOptions,
     calibration_sequences,
 )
+from lowbit.quantize.method import largest_weight
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import TORCHAO, MethodSpec
 from lowbit.tokenization import load_tokenizer
@@ -48,7 +50,7 @@ _log = logging.getLogger("lowbit")
 
 Progress = Callable[[int, int, str], None]
 
-VERSION = 1  # of what a cached result depends on beside its inputs: raised when numerics change
+VERSION = 2  # of what a cached result depends on beside its inputs: raised when numerics change
 _SAMPLE = 4096
 # The format a method's users expect its checkpoints in; the first that can hold everything exactly is taken.
 _FORMATS: dict[str, tuple[str, ...]] = {
@@ -73,7 +75,8 @@ _USUAL = ("compressed-tensors", "gptq")
 class _Module:
     """A module as it will be written. ``source``: where its floats are, if it is not from calibration.
 
-    ``order``: which of the model's rows each written one is, where these come in another order.
+    ``order``: which of the model's rows, as calibration gives them, each written one is, where these come in
+    another order.
     """
 
     target: StoredModule
@@ -102,6 +105,10 @@ class Quantizing:
         if self._forms() == ("gguf",):
             self.source = self.source.for_gguf()
         self.modules = [module for part in self._sources() for module in self._planned(part)]
+        self.instead_of = ""  # the format that the method's users expect, and why it is another
+        self._layers = Layers(
+            (one, one.decision) for one in self.modules if one.source is not None and one.decision is not None
+        )
 
     def _sources(self) -> list[SourceModule]:
         """What there is to write. In a layer of which an expert of a stack is quantized, all of them become
@@ -126,18 +133,13 @@ class Quantizing:
 
     def _planned(self, part: SourceModule) -> list[_Module]:
         decision = self.online.decide(part.place, part.scheme)
+        order = row_order(part.place, self.source.header) if part.place.groups else None
+        order = part.rows if order is None else order.argsort()
         if not self._is_calibrated(decision):
-            return [_Module(part.target, decision.scheme, part, decision)]
+            return [_Module(part.target, decision.scheme, part, decision, order)]
         if part.more or (part.rows is not None and not part.parts):
-            raise LowbitError(
-                "E0450",
-                f"{self.source.header.root.name}: {part.target.name} lies in other tensors than in a Hugging "
-                "Face folder, which calibration does not follow; lowbit convert --format dense makes one "
-                "to start from",
-            )
+            raise self._not_followed(part.target.name)
         if part.target.expert is None:
-            order = row_order(part.place, self.source.header) if part.place.groups else None
-            order = part.rows if order is None else order.argsort()
             return [_Module(part.target, decision.scheme, order=order)]
         # One of a stack of experts: calibrated ones are modules of their own, gate and up apart.
         name, (rows, columns) = part.place.part.name, part.target.shape
@@ -147,9 +149,16 @@ class Quantizing:
             stem = name.removesuffix("gate_up_proj")
             shapes = {f"{stem}{leaf}": count for leaf, count in leaves.items()}
         return [
-            _Module(StoredModule(name, name, (count, columns)), decision.scheme)
+            _Module(StoredModule(name, part.beside_stack(name), (count, columns)), decision.scheme)
             for name, count in shapes.items()
         ]
+
+    def _not_followed(self, name: str) -> LowbitError:
+        return LowbitError(
+            "E0450",
+            f"{self.source.header.root.name}: {name} lies in other tensors than in a Hugging Face folder, "
+            "which calibration does not follow; lowbit convert --format dense makes one to start from",
+        )
 
     def _is_calibrated(self, decision: Decision) -> bool:
         return decision.method is not None and decision.method.spec.entry.calibrated
@@ -166,9 +175,11 @@ class Quantizing:
         decisions = [one.decision for one in self.modules if one.decision is not None]
         if wanted != ("gguf",) and len(decisions) == len(self.modules):  # none is calibrated
             self.online.refuse_nothing(decisions, self.recipe.described, self.source.header.root.name)
-        if any(spec.options.get("weights") == "channel" for spec in methods):
-            wanted = wanted[-1:]  # every tool reads it there; fbgemm_fp8, only transformers on a GPU
-        reasons = []
+        if any(spec.options.get("weights") in ("channel", "tensor") for spec in methods):
+            # Every tool reads it there. fbgemm_fp8 is read by transformers on a GPU only, and what it calls
+            # scales of tensors by vLLM and SGLang in few families.
+            wanted = wanted[-1:]
+        reasons: list[str] = []
         for form in wanted:
             kind = writer_of(form)
             reason = next(filter(None, (self._refusal(kind, module) for module in self.modules)), None)
@@ -180,6 +191,7 @@ class Quantizing:
                     if reason is None:
                         if isinstance(made, GptqWriter) and self.calibrated is not None:
                             made.made = _how_made(options_of(self.calibrated))
+                        self.instead_of = "; ".join(reasons)
                         return made
                 except LowbitError as error:
                     reason = error.message
@@ -277,10 +289,32 @@ class Quantizing:
 
     def _quantized(self, module: _Module, data: TensorData) -> ReadModule:
         assert module.source is not None and module.decision is not None, "not from calibration"
+
+        def largest(one: _Module) -> float:
+            assert one.source is not None, "listed by it"
+            return largest_weight(self.source.read(one.source, data).weight.codes)
+
         found = self.source.read(module.source, data)
+        return self._made(replace(module, decision=self._layers.decided(module.decision, largest)), found)
+
+    def _made(self, module: _Module, found: ReadModule) -> ReadModule:
+        """The floats ``found`` as the recipe decided."""
+        assert module.decision is not None, "not from calibration"
         made = self.online.quantize(module.decision, found.weight)
         rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
         return replace(found, weight=made.weight, input=rule)
+
+    def _calibrated_part(self, module: _Module, found: CalibratedModule) -> ReadModule:
+        """What calibration gave, rows as they are written. Of a module that is not its own it gives floats,
+        because they took over a scale; another method of the recipe quantizes these."""
+        weight, bias = found.weight, found.bias
+        if module.order is not None:
+            weight = weight.permute_rows(module.order)
+            bias = None if bias is None else bias[module.order]
+        read = ReadModule(module.target, weight, bias)
+        if module.decision is None or module.decision.method is None:
+            return read
+        return self._made(module, read)
 
     def _parts(
         self, data: TensorData, known: Collection[str], on_progress: Progress | None
@@ -291,12 +325,9 @@ class Quantizing:
         if self.calibrated is not None:
             for found in self._calibrated(self.calibrated, on_progress):
                 if isinstance(found, CalibratedModule):
-                    module = rest.pop(found.name)
-                    weight, bias = found.weight, found.bias
-                    if module.order is not None:
-                        weight = weight.permute_rows(module.order)
-                        bias = None if bias is None else bias[module.order]
-                    yield ReadModule(module.target, weight, bias)
+                    if found.name not in rest:
+                        raise self._not_followed(found.name)
+                    yield self._calibrated_part(rest.pop(found.name), found)
                 else:
                     yield NamedTensor(vectors.pop(found.name).target, found.tensor)
         total = sum(module.source.nbytes for module in rest.values() if module.source is not None)
@@ -336,11 +367,12 @@ class Quantizing:
         count, length = spec.options["sequences"], spec.options["length"]
         assert isinstance(count, int) and isinstance(length, int), "checked by the specification"
         return calibration_sequences(
-            tokenizer.encode,
+            partial(tokenizer.encode, add_special=False),
             self.calibration.file,
             count=count,
             length=length,
             context_length=self.source.config.context_length,
+            first=tokenizer.bos_id if tokenizer.adds_bos else None,
         )
 
     def key(self) -> str:
@@ -392,7 +424,9 @@ def quantized_checkpoint(
             work.source.take_tokenizer(open_checkpoint(work.calibration.tokenizer))
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
-        if warning := work.writer().warning():
+        writer = work.writer()
+        instead = f"it is a {writer.name} checkpoint ({work.instead_of})" if work.instead_of else ""
+        for warning in filter(None, (instead, writer.warning(), *left_out(work.source, writer.name))):
             _log.warning("lowbit: %s", warning)
         return made
     folder = cache_directory() / "quantized" / work.key()

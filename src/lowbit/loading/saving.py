@@ -26,10 +26,12 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.hub import FOR_PEOPLE
 from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.output_folder import check_room, explained, output_folder
+from lowbit.checkpoint.quality import NAME as QUALITY
 from lowbit.checkpoint.safetensors_writer import SHARD_BYTES, ShardedWriter, write_file
 from lowbit.checkpoint.tensor_data import DTYPES
+from lowbit.errors import printable
 from lowbit.formats.writing import CheckpointWriter
-from lowbit.loading.source_modules import ReadModule
+from lowbit.loading.source_modules import ReadModule, SourceModel
 from lowbit.numerics.scheme import Scheme
 from lowbit.tokenization.chat_template import TOOL_TEMPLATE
 from lowbit.tokenization.exported import tokenizer_documents
@@ -43,10 +45,12 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization
 _QUANTIZATION_FILES = frozenset(
     (
         *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
-        *("quanto_qmap.json", "quantization_map.json"),
+        *("quanto_qmap.json", "quantization_map.json", "model.safetensors.index.json.meta.json"),
         CERTIFICATE,
     )
 )
+# Of weights that are not copied: the authors' layout, and an adapter for these.
+_OF_OTHER_WEIGHTS = frozenset(("params.json", "adapter_config.json"))
 _DOCUMENTS = frozenset((".json", ".jinja", ".txt", ".model", ".v3", ".tiktoken", ".spm"))
 _OF_TOKENIZER = frozenset(
     (
@@ -90,6 +94,7 @@ def save_checkpoint(
     tensors: int = 0,
     dtype: str | None = None,
     tokenizer: CheckpointHeader | None = None,
+    as_measured: bool = False,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     journal: Journal | None = None,
@@ -100,7 +105,8 @@ def save_checkpoint(
     ``config``: config.json without its quantization. ``nbytes``: about what the weights will take; the disk
     is asked for it before anything is written. ``tensors``: about how many there are. ``dtype`` (bf16, f16,
     f32): what config.json says the plain numbers are; None leaves what it says. ``tokenizer``: whose is
-    copied, if not the source's. ``force``: replace ``out``.
+    copied, if not the source's. ``as_measured``: the model computes what the source does, so that what was
+    measured of it (quality.json) still holds. ``force``: replace ``out``.
     ``check``: called with the complete folder, before it gets its name, and what is told of each part.
     """
     with output_folder(out, force=force, source=source.root, journal=journal) as folder:
@@ -135,6 +141,8 @@ def save_checkpoint(
         finally:
             shards.close()
         documents = _documents(source, config, tokenizer)
+        if not as_measured:
+            documents.pop(QUALITY, None)
         found = writer.quantization_config()
         for name in () if found is None else writer.config_files:
             documents[name] = _text(writer.file_config(name))
@@ -220,13 +228,30 @@ def _documents(
     found = {}
     for path in [*sorted(source.root.iterdir()), source.root / TOOL_TEMPLATE]:
         wanted = path.suffix in _DOCUMENTS or path.name.upper().startswith(FOR_PEOPLE)
-        skipped = path.name == "config.json" or path.name in _QUANTIZATION_FILES
+        skipped = path.name in ("config.json", *_QUANTIZATION_FILES, *_OF_OTHER_WEIGHTS)
         skipped = skipped or path.suffix.lower() in _NEVER
         if not wanted or skipped or path.name.endswith(".index.json") or not path.is_file():
             continue
         if check_regular_file(path) <= _DOCUMENT_BYTES:
             found[str(path.relative_to(source.root))] = path.read_bytes()
     return found
+
+
+def left_out(source: SourceModel, container: str = "safetensors") -> list[str]:
+    """What to tell of parts of a model that are never written: layers that predict further tokens, and code
+    of its own beside folders."""
+    notes = []
+    if source.prediction:
+        notes.append(
+            f"{len(source.prediction)} tensors of layers that predict further tokens (MTP) were left out, "
+            f"like {printable(source.prediction[0])}"
+        )
+    if container != "gguf" and "auto_map" in source.header.config:
+        notes.append(
+            "the model's own code (auto_map in config.json) was left out: tools that run it need its .py "
+            "files from the original beside this config.json"
+        )
+    return notes
 
 
 def _text(values: object) -> bytes:

@@ -112,11 +112,18 @@ class SourceModule:
         return found
 
     def unstacked(self, header: CheckpointHeader) -> list[SourceModule]:
-        """An expert of a stack as modules of its own under their canonical names, gate and up apart."""
-        if len(self.parts) > 1:
-            return self.apart(header)
-        name = self.place.part.name
-        return [replace(self, target=StoredModule(name, name, self.target.shape))]
+        """An expert of a stack as modules of its own, gate and up apart, under their canonical names; where
+        the stack lies under a prefix of its own (``model.language_model.``), under that."""
+        found = self.apart(header) if len(self.parts) > 1 else [self]
+        shapes = [(one.place.part.name, one.target.shape) for one in found]
+        targets = [StoredModule(name, self.beside_stack(name), shape) for name, shape in shapes]
+        return [replace(one, target=target) for one, target in zip(found, targets, strict=True)]
+
+    def beside_stack(self, name: str) -> str:
+        """The stored name of an expert of this stack with the canonical ``name``."""
+        layer = re.search(r"\blayers\.\d+\.", name)
+        at = -1 if layer is None else self.place.module.stored.find(layer[0])
+        return name if layer is None or at < 0 else self.place.module.stored[:at] + name[layer.start() :]
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,7 @@ class SourceModel:
             for name in walk.names.other_parts()
         ]
         self.has_kv_scales = walk.has_kv_scales
+        self.prediction = walk.names.of_prediction()
         self._refuse_rotated(walk)
 
     def _refuse_rotated(self, walk: _Walk) -> None:
@@ -310,6 +318,8 @@ class SourceModel:
         found = dict(self.header.config)
         if not self.config.tied_head and self.family.read_config(self.header).tied_head:  # it has its own
             found["tie_word_embeddings"] = False
+        if self.prediction and "num_nextn_predict_layers" in found:
+            found["num_nextn_predict_layers"] = 0  # or tools look for them
         return found
 
 

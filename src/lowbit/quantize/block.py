@@ -33,9 +33,9 @@ _log = logging.getLogger("lowbit")
 class FloatLinear:
     """The Linears called ``modules`` (name, rows), one below another; ``weight`` float32 (out, in), owned.
 
-    ``keep``: stays float (a router), but its columns follow a scale. ``unclipped``: so many first rows whose
-    largest weights AWQ leaves alone: their outputs are multiplied with each other (Q and K), where the error
-    of a single output says little.
+    ``keep``: stays float (a router), but its columns and rows follow a scale; ``scaled``: they did.
+    ``unclipped``: so many first rows whose largest weights AWQ leaves alone: their outputs are multiplied
+    with each other (Q and K), where the error of a single output says little.
     """
 
     name: str
@@ -201,6 +201,7 @@ def apply_fold(block: FloatBlock, fold: Fold, scales: Tensor) -> None:
             block.vectors[name].div_(scales)
         return
     producer, rows = block.linears[fold.producer], slice(*fold.rows)
+    producer.scaled = True
     producer.weight[rows].div_(scales.unsqueeze(1))
     if producer.bias is not None:
         producer.bias[rows].div_(scales)

@@ -33,9 +33,9 @@ class Calibrated:
         size = group_size(self.spec.options, module.shape[1])
         if isinstance(size, str):
             return size
-        words = 8 if self.options.method == "awq" else 32
-        if any(rows * self.options.bits % words for rows in module.shape):
-            out, columns = module.shape
+        out, columns = module.shape
+        packed = (out,) if self.options.method == "awq" else (out, columns)  # AWQ packs along rows only
+        if any(count * self.options.bits % 32 for count in packed):
             return f"{out} x {columns} codes of {self.options.bits} bits are no whole words"
         return None
 

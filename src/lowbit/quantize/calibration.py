@@ -199,19 +199,28 @@ def calibration_sequences(
     count: int = 64,
     length: int = 512,
     context_length: int = 1 << 30,
+    first: int | None = None,
 ) -> list[list[int]]:
     """Sequences of the file's text, or of the built-in one, no longer than the model's context."""
     texts = built_in_texts() if file is None else read_texts(file)
-    return token_sequences(encode, texts, count, min(length, context_length))
+    return token_sequences(encode, texts, count, min(length, context_length), first)
 
 
 def token_sequences(
-    encode: Callable[[str], list[int]], texts: Iterable[str], count: int = 64, length: int = 512
+    encode: Callable[[str], list[int]],
+    texts: Iterable[str],
+    count: int = 64,
+    length: int = 512,
+    first: int | None = None,
 ) -> list[list[int]]:
     """At most ``count`` sequences of ``length`` tokens, evenly over all the texts; always the same ones.
 
-    ``encode``: text to ids, without special tokens. Sequences overlap nowhere: short data give fewer.
+    ``encode``: text to ids, without special tokens. ``first``: the token that a model expects at the start of
+    any text (BOS), and without which some give very different activations; each sequence begins with it.
+    Sequences overlap nowhere: short data give fewer.
     """
+    start = [] if first is None or length == 1 else [first]
+    length -= len(start)
     tokens = [token for text in texts for token in encode(text)]
     whole = len(tokens) // length
     if not whole:
@@ -226,4 +235,4 @@ def token_sequences(
         count = whole
     spare = len(tokens) - count * length
     starts = [number * length + spare * number // count for number in range(count)]
-    return [tokens[start : start + length] for start in starts]
+    return [start + tokens[at : at + length] for at in starts]

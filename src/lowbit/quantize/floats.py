@@ -6,7 +6,8 @@
                   DeepSeek-V3, 2024); inputs in groups of 128
     mxfp8, mxfp4  one power of two for 32 columns, exponents rounded as compressed-tensors 0.20 does
     nvfp4         e4m3 scales for 16 columns under one float32 of the tensor, max|w| / (6 * 448), as
-                  ModelOpt 0.47, but the nearest that is the reciprocal of a float32
+                  ModelOpt 0.47, but the nearest that is the reciprocal of a float32; of Q, K and V together,
+                  and of gate and up (``Module.largest``), as tools that run these as one layer have one scale
 
 Block, mx and nvfp4 weights are the tools' own bit by bit (nvfp4's up to the last bit of that scale), except
 that e2m1 numbers that round to -0 get the code of +0, which is worth the same.
@@ -28,7 +29,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay, Scheme
 from lowbit.quantize.integers import block_largest, spread_rows
-from lowbit.quantize.method import Coded, Method, Module, Quantized, number, sliced, slices
+from lowbit.quantize.method import Coded, Method, Module, Quantized, largest_weight, number, sliced
 from lowbit.quantize.recipe import fused_name
 from lowbit.quantize.rounding import blocked, e8m0_scale, largest, mx_exponent, scaled_codes
 from lowbit.quantize.specification import MethodSpec
@@ -86,7 +87,7 @@ class Fp8:
         scheme = self.scheme_of(module)
         static = self._scales.scale_of(module.name) if self._inputs == "static" else None
         if self._weights == "tensor":
-            amax = max(float(rows.abs().max()) for rows in slices(weight))
+            amax = largest_weight(weight)
             factor = torch.tensor(_LIMIT) / torch.tensor(max(amax, 1e-12))
             quantized = sliced(
                 scheme, weight, origin, lambda rows: _times(rows, factor.expand(len(rows), 1), 0)
@@ -219,7 +220,7 @@ class Nvfp4:
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
         """scale2 = 1 / (6 * 448 / max|w|); scale = e4m3(max|block| / (6 * scale2)), at least 2^-9."""
         scheme = self.scheme_of(module)
-        amax = max(float(rows.abs().max()) for rows in slices(weight))
+        amax = module.largest or largest_weight(weight)
         smallest = torch.finfo(torch.float32).smallest_normal
         # The reciprocal of a float32: compressed-tensors stores that one, ModelOpt the scale itself.
         outer = torch.tensor(max(amax / (6 * _LIMIT), smallest) if amax else 1.0).reciprocal().reciprocal()

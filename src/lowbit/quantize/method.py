@@ -33,7 +33,8 @@ class Module:
     """One float weight (out, in) of the model.
 
     ``name``: the model's name for it, ``model.layers.0.mlp.down_proj``. ``dtype``: how it is stored, f32,
-    f16 or bf16. ``gguf_name``: what GGUF calls it, or "" where it has no name for it.
+    f16 or bf16. ``gguf_name``: what GGUF calls it, or "" where it has no name for it. ``largest``: the
+    largest |w| of all weights that have one outer scale with it; 0: it has its own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Module:
     role: Role = "linear"
     gguf_name: str = ""
     facts: ModelFacts = field(default_factory=lambda: ModelFacts(layers=1, heads=1, kv_heads=1))
+    largest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def raw_slices(weight: Tensor, multiple: int = 1) -> Iterator[Tensor]:
     step = max(SLICE_WEIGHTS // weight.shape[1] // multiple, 1) * multiple
     for start in range(0, weight.shape[0], step):
         yield weight[start : start + step]
+
+
+def largest_weight(weight: Tensor) -> float:
+    """max |w|, a few rows at a time."""
+    return max(float(rows.abs().max()) for rows in raw_slices(weight))
 
 
 def check_finite(rows: Tensor, origin: str, start: int = 0) -> None:

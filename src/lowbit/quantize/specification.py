@@ -15,6 +15,7 @@ A method is written ``NAME`` or ``NAME:option=value,option=value``:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -188,6 +189,7 @@ _ELSEWHERE = {
 # These only name what a checkpoint is, and it says so itself.
 _OF_CHECKPOINTS = ("compressed-tensors", "auto-round-int8", "quark", "modelslim", "modelopt_mixed", "torchao")
 _NOTHING = ("none", "unquant")
+_MIX = re.compile(r"(i?q|tq)\d_\w{1,8}", re.I)  # q4_k_m: how llama.cpp's users ask for a method
 KEEP = ("keep", "bf16", "f16", "f32")  # what a recipe may say instead of a method: float, as stored or cast
 
 
@@ -236,6 +238,8 @@ def method_spec(name: str, given: Mapping[str, object], where: str) -> MethodSpe
         raise _wrong(where, f"{name!r} {text}")
     if name in _NOTHING:
         raise _wrong(where, f"{name!r} is no method; drop it, and the model stays as it is stored")
+    if _MIX.fullmatch(name):
+        raise _wrong(where, f"{name!r} is a type of GGUF files; write gguf:type={name.lower()}")
     if name not in METHODS:
         raise _wrong(where, f"unknown quantization method {printable(repr(name))}{_nearest(name, METHODS)}")
     entry = METHODS[name]
