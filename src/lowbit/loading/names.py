@@ -27,12 +27,12 @@ from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
 from lowbit.models.registry import Family
 
+_PREDICTION = re.compile(r"(model\.)?mtp\.")  # as Qwen3-Next calls what others number as further layers
 _PREFIXES = (
     *("model.", "model.language_model.", "language_model.model.", "language_model.", "model.text_model."),
     "",
 )
 # Where one expert's projection may lie by itself; w1, w2, w3: Mixtral's first spelling.
-_PREDICTION = re.compile(r"(model\.)?mtp\.")  # as Qwen3-Next calls what others number as further layers
 _SINGLE = {
     "gate_proj": ("{n}.gate_proj", "{n}.w1"),
     "up_proj": ("{n}.up_proj", "{n}.w3"),
