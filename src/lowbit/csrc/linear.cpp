@@ -14,6 +14,7 @@
 
 #include "activation_quant.h"
 #include "activations.h"
+#include "amd_family.h"
 #include "amx_tiles.h"
 #include "linear_columns.h"
 #include "linear_kernels.h"
@@ -740,6 +741,14 @@ struct Call {
 };
 
 }  // namespace
+
+std::int64_t always_ahead_here() {
+#if defined(__AVX512BF16__)
+    return amd_family() >= ZEN5 ? 8192 : 0;
+#else
+    return always_ahead();
+#endif
+}
 
 void multiply(const Product* products, std::int64_t count) {
     static thread_local Call call;  // a calling thread's own, grown and kept: tasks must see it by reference
