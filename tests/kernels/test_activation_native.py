@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from guard_page import at_guard_page, rows_at_guard_page
+from little_memory import memory_error_of
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationState
@@ -219,3 +220,30 @@ def test_nothing_past_the_end_is_touched(scheme: ActivationScheme) -> None:
 @pytest.mark.parametrize("scheme", DYNAMIC + ON_CPUS + OF_A_BATCH, ids=name)
 def test_rows_past_two_to_the_31(scheme: ActivationScheme) -> None:
     check(InputTransform(scheme), far_apart(cruel(40)[3:6]))
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native library")
+def test_no_memory_to_stage_rows_is_an_error() -> None:
+    """A rotation of 64 MiB goes through as much memory of a thread's own."""
+    said = memory_error_of(
+        """
+import torch
+from lowbit.kernels.activation_native import Buffers, NativeQuantizer
+from lowbit.kernels.rotation import Rotator
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.rotation import Rotation
+from lowbit.numerics.scheme import ActivationScheme
+
+width = 1 << 24
+turns = (torch.zeros(1, width, dtype=torch.int32), torch.zeros(1, width), torch.zeros(1, width))
+rotation = Rotation(2, partners=turns[0], cosines=turns[1], sines=turns[2])
+scheme = ActivationScheme(number_format("int8"), (1, 0), limit=127.0)
+quantizer = NativeQuantizer.of(scheme, Buffers(None, None, None, None, None, Rotator(rotation)), 127.0)
+x = torch.zeros(1, width)
+
+def work():
+    leave(96 << 20)
+    quantizer.stage(x)
+"""
+    )
+    assert said == "no memory to quantize inputs"

@@ -338,3 +338,21 @@ def test_nothing_past_the_end_is_touched(width: int) -> None:
     table = RotaryTable(at_guard_page(normal(4, width)), at_guard_page(normal(4, width)))
     k = at_guard_page(normal(3, 1, 2 * width))
     apply_rotary(k.clone(), k, table, at_guard_page(torch.tensor([3, 3, 3], dtype=torch.int32)))
+
+
+def test_results_of_other_shapes_are_not_written(path: str) -> None:
+    """Native code would write past their ends, and read positions that are not there."""
+    x, short, weight = normal(4, 64), torch.zeros(4, 48), torch.ones(64)
+    table = RotaryTable(torch.ones(9, 8), torch.zeros(9, 8))
+    calls: list[Callable[[], object]] = [
+        lambda: rms_norm(x, weight, 1e-6, out=short),
+        lambda: rms_norm(x, weight, 1e-6, out=torch.zeros(3, 64)),
+        lambda: layer_norm(x, weight, None, 1e-6, out=short),
+        lambda: affine(x, number=2.0, out=short),
+        lambda: gated_activation(x, out=torch.zeros(4, 16)),
+        lambda: apply_rotary(normal(4, 2, 16), normal(4, 1, 16), table, torch.zeros(3, dtype=torch.int32)),
+    ]
+    for call in calls:
+        with pytest.raises(AssertionError if path == "native" else RuntimeError):
+            call()
+    assert not short.any()

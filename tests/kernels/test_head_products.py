@@ -91,3 +91,10 @@ def test_tokens_past_two_to_the_31() -> None:
     packed = HeadMatrices.pack(matrices)
     out = far_apart(torch.full((3, 2, 37), torch.nan))
     assert packed(far_apart(x), out=out).equal(packed(x))
+
+
+def test_a_result_of_another_shape_is_not_written() -> None:
+    matrices, out = HeadMatrices.pack(torch.ones(2, 16, 40)), torch.zeros(3, 2, 32)
+    with pytest.raises(AssertionError):
+        matrices(torch.ones(3, 2, 16), out)
+    assert not out.any()

@@ -17,6 +17,7 @@ import pytest
 from lowbit.kernels import native
 
 TESTS = Path(__file__).parents[1]
+CMAKE = TESTS.parent / "CMakeLists.txt"
 NATIVE = [
     *("contract/test_linear_kernels.py", "kernels/test_attention.py", "kernels/test_cache_formats.py"),
     *("kernels/test_elementwise.py", "kernels/test_head_products.py", "kernels/test_activation_native.py"),
@@ -116,3 +117,26 @@ def exported_functions(folder: Path) -> set[str]:
     """Of the C ABI."""
     sources = "".join(file.read_text() for file in folder.glob("*.cpp"))
     return set(re.findall(r"LOWBIT_EXPORT[\w:\s*]*?\b(lowbit_\w+)\(", sources))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    native.isa() == "scalar" or native.base_isa().startswith("neon"), reason="x86's libraries"
+)
+def test_what_avx512_takes_of_avx512_vnni_is_what_it_would_be_with_bf16(tmp_path: Path) -> None:
+    """What CMakeLists.txt cannot see from headers. Not optimized: what differs does so then, too."""
+    compiler, sources = shutil.which("g++"), Path(native.__file__).parents[1] / "csrc"
+    if compiler is None or not sources.is_dir():
+        pytest.skip("needs g++ and the sources")
+    known = re.search(r"set\(flags_avx512_vnni \$\{flags_avx2\} (.*)\)", CMAKE.read_text())
+    avx2 = re.search(r"set\(flags_avx2 (.*?)\)", CMAKE.read_text())
+    assert known is not None and avx2 is not None, "the flags of CMakeLists.txt"
+    code = []
+    for more in ([], ["-mavx512bf16"]):
+        made = tmp_path / "object.o"
+        flags = ["-std=c++17", "-O0", "-fPIC", "-Wno-psabi", *avx2[1].split(), *known[1].split(), *more]
+        command = [compiler, *flags, "-c", str(sources / "linear_bytes.cpp"), "-o", str(made)]
+        subprocess.run(command, check=True, timeout=600)
+        shown = subprocess.run(["objdump", "-dr", str(made)], check=True, capture_output=True)
+        code.append(shown.stdout)
+    assert len(code[0]) > 100_000 and code[0] == code[1]

@@ -141,3 +141,45 @@ def test_threads_can_change_and_oversubscribe() -> None:
         native.set_threads(count)
         assert native.threads() == count
     native.set_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("groups", "quotas", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 2),
+        # systemd's CPUQuota=, or a container that sees the host's cgroups: in its own folder, or around it
+        ("0::/system.slice/lowbit.service\n", {"system.slice/lowbit.service/cpu.max": "300000 100000"}, 3),
+        (
+            "0::/pod/inner\n",
+            {"pod/inner/cpu.max": "max 100000", "pod/cpu.max": "100000 50000", "cpu.max": "600000 100000"},
+            2,
+        ),
+        ("0::/gone/../..\n", {"cpu.max": "20000 100000"}, 1),
+        ("0::/docker/host/path\n", {"cpu.max": "400000 100000"}, 4),
+        # version 1
+        (
+            "5:cpu,cpuacct:/docker/0a:b\n4:memory:/docker/0a:b\n",
+            {"cpu/docker/0a:b/cpu.cfs_quota_us": "150000", "cpu/docker/0a:b/cpu.cfs_period_us": "50000"},
+            3,
+        ),
+        ("5:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("", {"cpu/cpu.cfs_quota_us": "500000", "cpu/cpu.cfs_period_us": "100000"}, 5),
+        ("0::/\n", {"cpu.max": "nonsense"}, 8),
+    ],
+)
+def test_a_quota_of_any_cgroup_around_bounds_threads(
+    groups: str, quotas: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, mount = tmp_path / "self", tmp_path / "cgroup"
+    process.mkdir()
+    (process / "cgroup").write_text(groups)
+    for name, text in quotas.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(f"{text}\n")
+    monkeypatch.setattr(native, "_PROCESS", process)
+    monkeypatch.setattr(native, "_CGROUPS", mount)
+    monkeypatch.setattr(native.sys, "platform", "linux")
+    monkeypatch.setattr(native.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert native.available_cores() == cores

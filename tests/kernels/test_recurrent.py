@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from guard_page import rows_at_guard_page
+from little_memory import memory_error_of
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.recurrent import LayerState, RecurrentKernel, StateSpec
@@ -62,3 +63,26 @@ def test_gates_of_rows_that_lie_apart() -> None:
     x, gate = (torch.randn(5, 37, generator=random) * 8 for _ in range(2))
     out = sigmoid_gate(rows_at_guard_page(x, 41), rows_at_guard_page(gate, 50))
     torch.testing.assert_close(out, x * torch.sigmoid(gate), rtol=1e-5, atol=1e-6)
+
+
+def test_no_memory_for_heads_is_an_error() -> None:
+    """A task's buffers are two of 128 MiB."""
+    said = memory_error_of(
+        """
+import torch
+from lowbit.kernels.recurrent import DeltaParameters, LayerState, StateSpec
+from lowbit.kernels.recurrent_cpu import CpuDelta
+from recurrent_layers import batch_of
+
+spec = StateSpec(k_heads=1, heads=2, k_dim=1 << 20, v_dim=16, taps=1)
+vectors = ((1, spec.channels), (2,), (2,), (16,))
+weights = DeltaParameters(*(torch.zeros(shape) for shape in vectors), 1e-6)
+state = LayerState(spec, CpuDelta(), torch.zeros(2, 0, spec.channels), torch.zeros(2, 2, 1 << 20, 16))
+mixed, batch = torch.zeros(1, spec.width), batch_of([(1, 3, 0)], torch.device("cpu"))
+
+def work():
+    leave(96 << 20)
+    CpuDelta().run(mixed, state, batch, weights)
+"""
+    )
+    assert said == "recurrent layer: no memory for its heads"

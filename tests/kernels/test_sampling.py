@@ -194,3 +194,16 @@ def test_other_tensors_are_left_to_torch() -> None:
     wide = logits_of(2, 64).double()
     assert draw_tokens(wide, [0.0, 0.0], [Draw(0, 1, 1, 1.0, 0.0, 1.0, 0)]) is None
     assert rate_row(logits_of(2, 64).T[0], 0.0, 1) is None
+
+
+def test_lists_of_unequal_lengths_are_refused() -> None:
+    logits, few = logits_of(2, 100), np.zeros(1, dtype=np.int64)
+    draw = Draw(0, 1, 0, 1.0, 0.0, 1.0, 0)
+    for changes in (
+        LogitChanges(np.arange(3), np.ones(2, dtype=np.float32), few, np.ones(1, dtype=np.int32)),
+        LogitChanges(few, np.ones(1, dtype=np.float32), np.arange(3), np.ones(1, dtype=np.int32)),
+    ):
+        with pytest.raises(AssertionError, match="one number a token"):
+            drawn(logits, [draw._replace(changes=changes)])
+    with pytest.raises(AssertionError):
+        draw_tokens(logits, [1.0], [draw])

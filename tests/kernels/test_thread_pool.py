@@ -19,7 +19,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++")
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.skipif(not SOURCES.is_dir(), reason="an installed package has no sources")
-def test_memory_that_runs_out_in_a_task_reaches_the_caller(tmp_path: Path) -> None:
+def test_jobs_that_fail_nest_or_meet_limits(tmp_path: Path) -> None:
+    """What pool_driver.cpp does with it."""
     program = tmp_path / "driver"
     files = [Path(__file__).with_name("pool_driver.cpp"), SOURCES / "thread_pool.cpp"]
     command = [str(COMPILER), "-std=c++17", "-O1", "-pthread", f"-I{SOURCES}", *map(str, files), "-o"]

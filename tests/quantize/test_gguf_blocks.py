@@ -133,6 +133,17 @@ def test_zeros_and_tiny_weights_decode_to_zero(name: str) -> None:
         assert decode(name, encode(name, weight), 512).abs().max() < 1e-7
 
 
+def test_tiny_weights_have_no_scale_that_is_nan() -> None:
+    """ggml's byte of an exponent wraps around below 2^-125: to 255, which MXFP4's readers take for NaN."""
+    weight = torch.tensor([2.0**-126, 1.5 * 2.0**-126, 2.0**-125, 2.0**-127, 2.0**-149]).repeat_interleave(32)
+    blocks = encode("MXFP4", weight.view(5, 32))
+    assert blocks[:, 0].tolist() == [0] * 5
+    decoded = decode("MXFP4", blocks, 32)
+    assert (decoded - weight.view(5, 32)).abs().max() <= 2.0**-128
+    in_torch = gguf_blocks._encode_in_torch("MXFP4", weight.view(5, 32), gguf_blocks._block("MXFP4")[1])
+    assert in_torch is not None and torch.equal(in_torch.view(5, -1), blocks)
+
+
 def test_plain_floats() -> None:
     weight = torch.tensor([[1.0, -2.5, 1e-6, 3.1415927]])
     assert encode("F16", weight).view(torch.float16).tolist() == weight.half().tolist()

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "activation_quant.h"
@@ -451,11 +452,16 @@ LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const
 }
 
 // x (rows, width) of a rule with a scale for each row or one for all -> out, as it will be quantized, and what is seen
-// of each row (rows, 2); see Seen. out may be x.
-LOWBIT_EXPORT void lowbit_stage_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
-                                      std::int64_t rows, std::int64_t width, float* out, std::int64_t out_stride,
-                                      float* seen) {
-    lowbit::stage_rows(*quantizer, x, x_stride, rows, width, out, out_stride, reinterpret_cast<lowbit::Seen*>(seen));
+// of each row (rows, 2); see Seen. out may be x. 0, or 1 where memory ran out.
+LOWBIT_EXPORT int lowbit_stage_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
+                                     std::int64_t rows, std::int64_t width, float* out, std::int64_t out_stride,
+                                     float* seen) {
+    try {
+        lowbit::stage_rows(*quantizer, x, x_stride, rows, width, out, out_stride, reinterpret_cast<lowbit::Seen*>(seen));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }
 
 // The rest of quantizing what lowbit_stage_input gave, in place, by what was seen of the rows here and elsewhere.

@@ -28,6 +28,14 @@ inline void release_tiles() {}
 
 #endif
 
+// Releases them when it goes, also where memory runs out.
+struct TilesReleased {
+    TilesReleased() = default;
+    ~TilesReleased() { release_tiles(); }
+    TilesReleased(const TilesReleased&) = delete;
+    TilesReleased& operator=(const TilesReleased&) = delete;
+};
+
 }  // namespace lowbit
 
 #if defined(LOWBIT_AMX) && !defined(LOWBIT_EMULATE_AMX)

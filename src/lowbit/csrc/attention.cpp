@@ -482,10 +482,7 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
                                           float softcap, const float* sinks, float* out) {
     using lowbit::Attention, lowbit::Bfloat;
     const lowbit::Softmax softmax{scale, softcap};
-    // Before this thread returns, also where memory runs out.
-    const struct Released {
-        ~Released() { lowbit::release_tiles(); }
-    } released;
+    const lowbit::TilesReleased released;
     const bool keys = lowbit::key_store(*cache).multiplied_as_float();
     const bool values = cache->latent ? keys : lowbit::value_store(*cache).multiplied_as_float();
     try {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "activations.h"
@@ -40,7 +41,7 @@ namespace {
 constexpr float LENGTH_EPS = 1e-6f;
 constexpr int RUN = 32;           // tokens whose q and k are made ready together
 constexpr int STRIP = 16 * LANES;  // channels of a task
-constexpr int NO_SLOT = 1;
+constexpr int NO_SLOT = 1, NO_MEMORY = 2;
 
 std::int64_t channels_of(const lowbit_delta_layer& layer) {
     return 2 * std::int64_t{layer.k_heads} * layer.k_dim + std::int64_t{layer.heads} * layer.v_dim;
@@ -66,9 +67,18 @@ bool parts_of(const lowbit_delta_layer& layer, const lowbit_delta_batch& batch, 
     return true;
 }
 
-std::vector<Part>& parts_here() {
-    thread_local std::vector<Part> parts;
-    return parts;
+// run(parts, channels) where every slot is one; 0, or a status.
+template <class Run>
+int with_parts(const lowbit_delta_layer& layer, const lowbit_delta_batch& batch, const Run& run) {
+    thread_local std::vector<Part> kept;
+    std::vector<Part>& parts = kept;  // tasks must see the caller's
+    try {
+        if (!parts_of(layer, batch, parts)) return NO_SLOT;
+        run(parts.data(), channels_of(layer));
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+    return 0;
 }
 
 // Channels `channel` to `channel + width` of a sequence: x (tokens), stride apart -> silu of the sum of taps.
@@ -202,34 +212,30 @@ void run_head(const lowbit_delta_layer& layer, const Part& part, int head, const
 }  // namespace
 }  // namespace lowbit
 
-// mixed (tokens, channels and more) -> convolved (tokens, channels). 1: a slot is none.
+// mixed (tokens, channels and more) -> convolved (tokens, channels). 1: a slot is none; 2: no memory.
 LOWBIT_EXPORT int lowbit_delta_convolve(const lowbit_delta_layer* layer, const lowbit_delta_batch* batch,
                                         const float* mixed, std::int64_t stride, float* convolved) {
     using namespace lowbit;
-    std::vector<Part>& parts = parts_here();
-    if (!parts_of(*layer, *batch, parts)) return NO_SLOT;
-    const std::int64_t channels = channels_of(*layer), strips = (channels + STRIP - 1) / STRIP;
-    const Part* all = parts.data();
-    parallel_for(strips * batch->sequences, [&](std::int64_t task) {
-        const std::int64_t channel = task % strips * STRIP;
-        const int width = static_cast<int>(std::min<std::int64_t>(STRIP, channels - channel));
-        convolve(*layer, all[task / strips], channel, width, mixed, stride, convolved, channels);
+    return with_parts(*layer, *batch, [&](const Part* parts, std::int64_t channels) {
+        const std::int64_t strips = (channels + STRIP - 1) / STRIP;
+        parallel_for(strips * batch->sequences, [&](std::int64_t task) {
+            const std::int64_t channel = task % strips * STRIP;
+            const int width = static_cast<int>(std::min<std::int64_t>(STRIP, channels - channel));
+            convolve(*layer, parts[task / strips], channel, width, mixed, stride, convolved, channels);
+        });
     });
-    return 0;
 }
 
-// mixed (tokens, channels | z | b | a) and what came of its channels -> out (tokens, heads * v_dim).
+// mixed (tokens, channels | z | b | a) and what came of its channels -> out (tokens, heads * v_dim). The same.
 LOWBIT_EXPORT int lowbit_delta_rule(const lowbit_delta_layer* layer, const lowbit_delta_batch* batch,
                                     const float* mixed, std::int64_t stride, const float* convolved, float* out) {
     using namespace lowbit;
-    std::vector<Part>& parts = parts_here();
-    if (!parts_of(*layer, *batch, parts)) return NO_SLOT;
-    const Part* all = parts.data();
-    parallel_for(std::int64_t{layer->heads} * batch->sequences, [&](std::int64_t task) {
-        run_head(*layer, all[task / layer->heads], static_cast<int>(task % layer->heads), mixed, stride, convolved,
-                 out);
+    return with_parts(*layer, *batch, [&](const Part* parts, std::int64_t) {
+        parallel_for(std::int64_t{layer->heads} * batch->sequences, [&](std::int64_t task) {
+            run_head(*layer, parts[task / layer->heads], static_cast<int>(task % layer->heads), mixed, stride,
+                     convolved, out);
+        });
     });
-    return 0;
 }
 
 // x (rows, width) * sigmoid(gate), in place.

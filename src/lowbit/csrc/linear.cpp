@@ -14,6 +14,7 @@
 
 #include "activation_quant.h"
 #include "activations.h"
+#include "amd_family.h"
 #include "amx_tiles.h"
 #include "linear_columns.h"
 #include "linear_kernels.h"
@@ -629,6 +630,7 @@ void multiply_columns(const Prepared& p) {
     const std::int64_t chunk = std::min<std::int64_t>(
         w.most_blocks, std::max(FEWEST_BLOCKS, units / (8 * thread_count()) / BLOCKS_TOGETHER * BLOCKS_TOGETHER));
     const std::int64_t chunks = (w.most_blocks + chunk - 1) / chunk;
+    const TilesReleased released;
     // All groups with some tokens, then with the next: of x and the weight x is the larger.
     parallel_ranges(tiles * w.groups * chunks, [&](std::int64_t task) {
         const std::int64_t tile = task / (w.groups * chunks), group = task / chunks % w.groups;
@@ -638,7 +640,6 @@ void multiply_columns(const Prepared& p) {
         const std::int64_t first = tile * together;
         run_columns(p, w, group, block, last, first, static_cast<int>(std::min(together, product.tokens - first)));
     });
-    release_tiles();
 }
 
 // The product whose range holds ``index``; ranges ascend.
@@ -741,6 +742,14 @@ struct Call {
 
 }  // namespace
 
+std::int64_t always_ahead_here() {
+#if defined(__AVX512BF16__)
+    return amd_family() >= ZEN5 ? 8192 : 0;
+#else
+    return always_ahead();
+#endif
+}
+
 void multiply(const Product* products, std::int64_t count) {
     static thread_local Call call;  // a calling thread's own, grown and kept: tasks must see it by reference
     call.prepare(products, count);
@@ -748,11 +757,11 @@ void multiply(const Product* products, std::int64_t count) {
     call.place();
     call.lay_out();
     call.make_products();
+    const TilesReleased released;
     parallel_ranges(call.tasks, [&call = call](std::int64_t task) {
         const Prepared& p = holder<&Prepared::first_task>(call.all, task);
         (p.in_panels() ? run_rounded : run_task)(p, task - p.first_task);
     });
-    release_tiles();
 }
 
 }  // namespace lowbit

@@ -1,4 +1,6 @@
 // Products with x as int8 numbers; see linear_bytes.h. AMX has byte_tiles for more than one token.
+//
+// Nothing here may differ with BF16: avx512 takes avx512_vnni's object (CMakeLists.txt; test_instruction_sets.py).
 
 #include "linear_kernels.h"
 
@@ -54,7 +56,7 @@ template <Codes CODES, bool LOOKED_UP, int SUB, Addend ADDEND>
 void multiply_groups(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                      float (*totals)[ROWS]) {
     Walk walk(layout, block);
-    const Ahead ahead(x.tokens);
+    const Ahead ahead(x.tokens, always_ahead_here());
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         ByteTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
@@ -92,7 +94,7 @@ template <Codes CODES, bool LOOKED_UP, Addend ADDEND>
 void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                    float (*totals)[ROWS]) {
     Walk walk(layout, block);
-    const Ahead ahead(x.tokens);
+    const Ahead ahead(x.tokens, always_ahead_here());
     const std::int64_t per_group = layout.unit / COLUMNS;
     alignas(64) std::int32_t sums[TOKEN_TILE][ROWS];
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {

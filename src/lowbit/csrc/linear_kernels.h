@@ -1,10 +1,6 @@
 // What the kinds of linear kernels share: one block of 16 rows times one tile of tokens.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <cpuid.h>
-#endif
-
 #include <limits>
 
 #include "activations.h"
@@ -39,30 +35,13 @@ INLINE void fetch_ahead(const std::uint8_t* tile, std::int64_t bytes) {
     fetch_tile(tile + std::max(FETCHED_AHEAD, 2 * bytes), bytes);
 }
 
-#if defined(__AVX512BF16__)
-constexpr unsigned ZEN5 = 26;
-// Of the processor at hand; 0: it is no AMD's.
-inline unsigned amd_family() {
-#if defined(LOWBIT_EMULATED_AVX512)
-    return ZEN5;  // which has use for all kernels
-#else
-    static const unsigned family = [] {
-        unsigned a = 0, b = 0, c = 0, d = 0;
-        if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || d != signature_AMD_edx) return 0u;
-        if (__get_cpuid(1, &a, &b, &c, &d) == 0) return 0u;
-        return (a >> 8 & 15) == 15 ? 15 + (a >> 20 & 255) : a >> 8 & 15;
-    }();
-    return family;
-#endif
-}
-#endif
-
 // How far ahead tiles are asked for whatever the tokens; 0: only with some of them. AMD Zen 5 by itself loses streams whose
 // lines do not follow one another at one distance (a K-quant's, with scales of scales after every eighth tile, it read at
 // 33 GB/s with two threads, and reads at 55), and others gain a tenth to a fifth; Zen 4 lost a third of int4's speed.
+std::int64_t always_ahead_here();  // of the library that is loaded. linear.cpp
 inline std::int64_t always_ahead() {
 #if defined(__AVX512BF16__)
-    return amd_family() >= ZEN5 ? 8192 : 0;
+    return always_ahead_here();
 #elif defined(LOWBIT_AVX512)
     return 4096;  // an Intel Xeon, whose own fetching reads 11 GB/s of a layer where this reads 14
 #else
@@ -73,7 +52,8 @@ inline std::int64_t always_ahead() {
 // What is asked for ahead of a block's tiles.
 class Ahead {
   public:
-    explicit Ahead(int tokens) : bytes_(always_ahead() != 0 ? always_ahead() : tokens >= FETCHING_TOKENS ? FETCHED_AHEAD : 0) {}
+    explicit Ahead(int tokens, std::int64_t always = always_ahead())
+        : bytes_(always != 0 ? always : tokens >= FETCHING_TOKENS ? FETCHED_AHEAD : 0) {}
     INLINE void fetch(const std::uint8_t* tile, std::int64_t bytes) const {
         if (bytes_ != 0) fetch_tile(tile + std::max(bytes_, 2 * bytes), bytes);
     }
@@ -401,7 +381,7 @@ INLINE void add_group(const Walk& walk, const Input& x, std::int64_t group, cons
 #if defined(LOWBIT_AVX512)
 #define TILE_FUNCTION INLINE
 #else
-#define TILE_FUNCTION __attribute__((noinline))
+#define TILE_FUNCTION __attribute__((noinline)) inline
 #endif
 
 // Some tokens times a tile of 16-bit numbers that have no scales of their own.
@@ -425,6 +405,10 @@ struct PlainWordStep {
         }
     }
 };
+
+TILE_FUNCTION void multiply_plain_tile(const WordTile& w, const Input& x, std::int64_t tile, float (*totals)[ROWS]) {
+    for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
+}
 
 // One token times a tile of such numbers: half of it beside the other, as a product waits for the one before.
 INLINE SixteenInts dot_tile(const WordTile& w, const std::int16_t* x) {
@@ -461,7 +445,7 @@ INLINE void multiply_tiles(Tiles tiles, std::int64_t fetched, const Layout& layo
         }
         WordTile w;
         decode(tiles.at, w);
-        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
+        multiply_plain_tile(w, x, tile, totals);
     }
 }
 

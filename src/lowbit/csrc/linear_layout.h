@@ -193,6 +193,21 @@ class Walk {
             return at;
         });
     }
+    // Of a weight to which anything may be added: one function for all, where more is done with a tile than this asks.
+    template <Codes CODES, int SUB>
+    INLINE const std::uint8_t* next_of_any_addend() {
+        return step(tile_bytes(CODES), [&](const std::uint8_t* at) __attribute__((always_inline)) {
+            by_kind(layout_.scales, [&](auto kind) __attribute__((always_inline)) {
+                constexpr Scales KIND = decltype(kind)::value;
+                each_constant<COLUMNS / SUB>([&](auto header) __attribute__((always_inline)) {
+                    at = read_scale<KIND>(at, header);
+                    if (layout_.addend == Addend::offset) at = read_addend<KIND, Addend::offset>(at, header);
+                    if (layout_.addend == Addend::zero) at = read_addend<KIND, Addend::zero>(at, header);
+                });
+            });
+            return at;
+        });
+    }
 
     // The same of any weight.
     const std::uint8_t* next() {
@@ -238,16 +253,23 @@ class Walk {
         return at;
     }
 
-    // Returns what follows.
+    // Each returns what follows.
     template <Scales KIND, Addend ADDEND>
     INLINE const std::uint8_t* read_header(const std::uint8_t* at, int header) {
+        return read_addend<KIND, ADDEND>(read_scale<KIND>(at, header), header);
+    }
+    template <Scales KIND>
+    INLINE const std::uint8_t* read_scale(const std::uint8_t* at, int header) {
         if constexpr (KIND != Scales::none) {
             Sixteen read = read_sixteen<KIND>(at);
             if constexpr (has_outer(KIND)) read = sixteen_multiply(read, outer_scale_);
             if (ALWAYS_MULTIPLIED || layout_.factor != 1.0f) read = sixteen_multiply(read, factor_);
             scale[header] = read;
         }
-        at += layout_.scale_bytes;
+        return at + layout_.scale_bytes;
+    }
+    template <Scales KIND, Addend ADDEND>
+    INLINE const std::uint8_t* read_addend(const std::uint8_t* at, int header) {
         if constexpr (ADDEND == Addend::offset) {
             Sixteen read = read_sixteen<KIND>(at);
             if constexpr (KIND == Scales::nibbles) read = sixteen_multiply(read, sixteen_set(-1.0f));

@@ -7,6 +7,7 @@
 //
 // The order of every sum is that of one block alone (linear_tiles.h), and so are the bits.
 
+#include "amd_family.h"
 #include "linear_kernels.h"
 #include "linear_rounded.h"
 

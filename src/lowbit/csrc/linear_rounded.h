@@ -148,7 +148,13 @@ class PanelWriter : public PanelNumbers {
             odd = sixteen_multiply(odd, scale);
         });
     }
-    INLINE void put_words(const WordTile& w, Sixteen scale) {
+    // Inlined, this is most of what rounding takes to compile; only AVX-512 may have the tile in registers.
+#if defined(LOWBIT_AVX512)
+    INLINE
+#else
+    __attribute__((noinline))
+#endif
+    void put_words(const WordTile& w, Sixteen scale) {
         put_words(w, scale, [](SixteenInts both) __attribute__((always_inline)) { return both; });
     }
 };

@@ -234,28 +234,19 @@ __attribute__((noinline)) void multiply_once(const Layout& layout, const RowVect
     sixteen_store(totals, total);
 }
 
-#if !defined(LOWBIT_AVX512)
-
-// What is the same for all books is compiled once, as tiles lie in memory (TILE_FUNCTION).
+// What is the same for all books is compiled once.
 __attribute__((noinline)) void multiply_outliers(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block,
                                                  const Input& x, float (*totals)[ROWS]) {
     multiply_tiles({block, RowVectors::WORD_TILE, 0, vectors.outlier_tiles}, 0, layout, x, totals,
                    [](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) { load_words(tile, w); });
 }
 
-#endif
-
 template <int STRIDE, int MAIN, int SECOND>
 void multiply_many(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block, const std::int16_t* table,
                    const Input& x, float (*totals)[ROWS]) {
     using Codebooks = Book<STRIDE, MAIN, SECOND>;
     const Turns turns;
-#if defined(LOWBIT_AVX512)
-    multiply_tiles({block, RowVectors::WORD_TILE, 0, vectors.outlier_tiles}, 0, layout, x, totals,
-                   [](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) { load_words(tile, w); });
-#else
     multiply_outliers(layout, vectors, block, x, totals);
-#endif
     each_book<STRIDE, MAIN, SECOND>(layout, vectors, block, table, [&](const Codebooks& book, const Tiles& tiles)
                                     __attribute__((always_inline)) {
         const auto decode = [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) {

@@ -147,6 +147,59 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     sixteen_store(totals, total);
 }
 
+#if defined(LOWBIT_AVX512)
+
+template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
+INLINE void multiply_words_many(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                                float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    const Ahead ahead(x.tokens);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        WordTile w;
+        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
+        decode_words<CODES, KIND>(codes, decoding.word_table(), decoding.words, w);
+        multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
+    }
+}
+
+#else
+
+// Whether something may be added to numbers of this kind: by_addend below.
+constexpr bool takes_addends(Codes codes, WordKind kind) {
+    return kind == WordKind::line || (kind == WordKind::wide && codes != Codes::bits6);
+}
+
+// A tile lies in memory here, and what multiplies it is called (TILE_FUNCTION): for which addend may as well be asked then.
+template <Codes CODES, WordKind KIND, int SUB, bool ADDENDS>
+__attribute__((noinline)) void multiply_words_of_any_addend(const Layout& layout, const std::uint8_t* block,
+                                                            const Decoding& decoding, const Input& x, float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    const Ahead ahead(x.tokens);
+    BlockTiles<CODES> tiles(walk, layout.tiles);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        WordTile w;
+        const std::uint8_t* codes;
+        if constexpr (ADDENDS) codes = walk.next_of_any_addend<CODES, SUB>();
+        else codes = walk.next<CODES, SUB, Addend::none>();
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
+        decode_words<CODES, KIND>(tiles.at(walk, codes), decoding.word_table(), decoding.words, w);
+        if (!ADDENDS || layout.addend == Addend::none) multiply_tile<KIND, SUB, Addend::none>(w, walk, x, tile, totals);
+        else if (layout.addend == Addend::offset) multiply_tile<KIND, SUB, Addend::offset>(w, walk, x, tile, totals);
+        else multiply_tile<KIND, SUB, Addend::zero>(w, walk, x, tile, totals);
+    }
+}
+
+template <Codes CODES, WordKind KIND, int SUB, Addend>
+INLINE void multiply_words_many(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                                float (*totals)[ROWS]) {
+    multiply_words_of_any_addend<CODES, KIND, SUB, takes_addends(CODES, KIND)>(layout, block, decoding, x, totals);
+}
+
+#endif
+
 template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
 void multiply_words(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                     float (*totals)[ROWS]) {
@@ -154,17 +207,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
         multiply_words_once<CODES, KIND, SUB, ADDEND>(layout, block, decoding, x, totals[0]);
         return;
     }
-    Walk walk(layout, block);
-    const Ahead ahead(x.tokens);
-    BlockTiles<CODES> tiles(walk, layout.tiles);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        WordTile w;
-        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
-        ahead.fetch(codes, tile_bytes(CODES));
-        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-        decode_words<CODES, KIND>(tiles.at(walk, codes), decoding.word_table(), decoding.words, w);
-        multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
-    }
+    multiply_words_many<CODES, KIND, SUB, ADDEND>(layout, block, decoding, x, totals);
 }
 
 // E8P in two codes: a tile of each book's, whose numbers are added.

@@ -147,10 +147,11 @@ void nearest_e2m1(const float* x, float scale, std::uint8_t* codes) {
 
 void encode_mxfp4(const float* x, std::uint8_t* block) {
     const float largest = largest_magnitude<32>(x);
-    // log2 rounded to float before the floor, as log2f gives it: just below a power of two it may round up.
+    // log2 rounded to float before the floor, as log2f gives it: just below a power of two it may round up. Below 2^-125
+    // ggml's byte wraps around: 255, which is no number, for what begins there, and codes of 0 for all that is smaller.
     const int exponent =
         largest > 0 ? static_cast<int>(std::floor(static_cast<float>(std::log2(double{largest})))) + 125 : 0;
-    block[0] = static_cast<std::uint8_t>(exponent);
+    block[0] = static_cast<std::uint8_t>(std::max(exponent, 0));
     const std::uint32_t bits = block[0] < 2 ? 0x200000u << block[0] : (block[0] - 1u) << 23;  // 2^(e - 128)
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);

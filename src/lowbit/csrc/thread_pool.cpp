@@ -14,8 +14,10 @@
 #include <chrono>
 #include <climits>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -117,28 +119,37 @@ int current_processor() { return -1; }
 void leave_processor(int) {}
 #endif
 
+// Whether this thread runs a task of the pool, or waits for those of its job. A mutex may not be tried by the thread that
+// holds it.
+thread_local bool in_a_job = false;
+
 class ThreadPool {
   public:
-    ~ThreadPool() { stop(); }
+    int threads() const { return threads_.load(std::memory_order_relaxed); }
 
-    int threads() const { return static_cast<int>(workers_.size()) + 1; }
-
+    // As many as can be had: where a limit on processes or memory allows fewer, those there are.
     void resize(int count) {
+        if (in_a_job) return;  // which would wait for itself
         const std::lock_guard<std::mutex> guard(mutex_);
         count = std::max(count, 1);
         if (count == threads()) return;
         stop();
         stopping_.store(false);
-        for (int i = 1; i < count; ++i) workers_.emplace_back([this] { work(); });
+        try {
+            for (int i = 1; i < count; ++i) workers_.emplace_back([this] { work(); });
+        } catch (const std::system_error&) {
+        } catch (const std::bad_alloc&) {
+        }
+        threads_.store(static_cast<int>(workers_.size()) + 1, std::memory_order_relaxed);
     }
 
     void run(std::int64_t tasks, TaskFunction function, void* context) {
-        // A second caller, or a task that calls parallel_for itself, does its work alone.
+        // A task that calls parallel_for itself, or a second caller, does its work alone.
+        if (tasks <= 1 || tasks > INT32_MAX || in_a_job) return run_alone(tasks, function, context);
         std::unique_lock<std::mutex> guard(mutex_, std::try_to_lock);
-        if (tasks <= 1 || !guard.owns_lock() || workers_.empty() || tasks > INT32_MAX) {
-            for (std::int64_t task = 0; task < tasks; ++task) function(context, task);
-            return;
-        }
+        if (guard.owns_lock() && workers_.empty()) guard.unlock();
+        if (!guard.owns_lock()) return run_alone(tasks, function, context);
+        const InAJob own;
         function_.store(function, std::memory_order_relaxed);
         context_.store(context, std::memory_order_relaxed);
         tasks_.store(static_cast<std::uint32_t>(tasks), std::memory_order_relaxed);
@@ -157,16 +168,26 @@ class ThreadPool {
                 sched_yield();
             }
         }
-        if (out_of_memory_.exchange(false, std::memory_order_relaxed)) throw std::bad_alloc();
-    }
-
-    // In a forked child the worker threads are gone.
-    void forget_workers() {
-        for (std::thread& worker : workers_) worker.detach();
-        workers_.clear();
+        if (failed_.load(std::memory_order_relaxed)) {
+            const std::exception_ptr error = std::move(error_);
+            error_ = nullptr;
+            failed_.store(false, std::memory_order_relaxed);
+            std::rethrow_exception(error);
+        }
     }
 
   private:
+    struct InAJob {
+        InAJob() { in_a_job = true; }
+        ~InAJob() { in_a_job = false; }
+        InAJob(const InAJob&) = delete;
+        InAJob& operator=(const InAJob&) = delete;
+    };
+
+    static void run_alone(std::int64_t tasks, TaskFunction function, void* context) {
+        for (std::int64_t task = 0; task < tasks; ++task) function(context, task);
+    }
+
     // Takes tasks of job ``epoch`` until none are left. A ticket counts the tasks nobody has taken yet, so that
     // one of a finished job can never be won, whatever the fields of the next job already say; the fields are
     // read after a ticket is won, when they cannot change before its task is done.
@@ -177,18 +198,24 @@ class ThreadPool {
             if (left == 0) return;
             if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) {
                 const std::uint32_t task = tasks_.load(std::memory_order_relaxed) - left;
-                try {
-                    function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), task);
-                } catch (const std::bad_alloc&) {  // the caller's to know, once nobody uses its job any more
-                    out_of_memory_.store(true, std::memory_order_relaxed);
-                }
+                if (!failed_.load(std::memory_order_relaxed)) run_task(task);
                 done_.fetch_add(1, std::memory_order_release);
                 ticket = ticket_.load(std::memory_order_acquire);
             }
         }
     }
 
+    // What it throws is the caller's, once nobody uses its job any more: the first of all.
+    void run_task(std::uint32_t task) {
+        try {
+            function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), task);
+        } catch (...) {
+            if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+        }
+    }
+
     void work() {
+        in_a_job = true;
         std::uint32_t seen = epoch_.load(std::memory_order_acquire);
         // A worker born between jobs must not wait for one that is already there.
         claim(seen);
@@ -241,6 +268,7 @@ class ThreadPool {
 
     std::mutex mutex_;
     std::vector<std::thread> workers_;
+    std::atomic<int> threads_{1};  // may be asked while they change
     std::atomic<bool> stopping_{false};
     std::atomic<std::uint32_t> epoch_{0};
     std::atomic<int> sleepers_{0};
@@ -250,7 +278,8 @@ class ThreadPool {
     std::atomic<std::uint32_t> tasks_{0};
     std::atomic<TaskFunction> function_{nullptr};
     std::atomic<void*> context_{nullptr};
-    std::atomic<bool> out_of_memory_{false};  // a task of this job was
+    std::atomic<bool> failed_{false};  // a task of this job
+    std::exception_ptr error_;         // its, written by that task alone and read when all are done
 };
 
 ThreadPool& pool() {
@@ -258,7 +287,9 @@ ThreadPool& pool() {
     static ThreadPool* const made = [] {
         auto* fresh = new ThreadPool;
         static ThreadPool* shared = fresh;
-        pthread_atfork(nullptr, nullptr, [] { shared->forget_workers(); });
+        // A forked child has no workers, and the mutex may be held by a thread that it has not either: it begins anew. What
+        // the old pool had is left as it is.
+        pthread_atfork(nullptr, nullptr, [] { new (shared) ThreadPool; });
         return fresh;
     }();
     return *made;

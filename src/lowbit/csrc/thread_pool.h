@@ -3,7 +3,8 @@
 // The caller is worker 0. Tasks are claimed one by one, so which thread runs a task is not fixed: a task's
 // result must not depend on it. Workers spin for the next job, which a decode step issues every few microseconds
 // and the next step within a millisecond, and then sleep on a futex; soon, where others want the processor.
-// Where memory runs out in a task, all others still run, and the caller gets the std::bad_alloc.
+// Where a task throws, the caller gets that exception (of several the first) once no task of its job runs any more; tasks
+// that had not begun are left out.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +16,11 @@ namespace lowbit {
 
 using TaskFunction = void (*)(void* context, std::int64_t task);
 
-// Threads that work, the caller included.
+// Threads that work, the caller included: as many as were set, or fewer where the system has no more.
 int thread_count();
 void set_threads(int count);
 
-// Runs tasks on the pool; inline where there is one task, one thread, or another caller holds the pool.
+// Runs tasks on the pool; inline where there is one task, one thread, or another caller holds the pool, and within a task.
 void run_tasks(std::int64_t tasks, TaskFunction function, void* context);
 
 template <typename Function>

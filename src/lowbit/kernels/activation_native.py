@@ -60,7 +60,7 @@ class _Functions:
 
     quantize: Operation
     update: Operation
-    stage: Callable[..., None]
+    stage: Callable[..., int]
     finish: Callable[..., int]
 
 
@@ -72,7 +72,7 @@ def _functions() -> _Functions | None:
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, long, long, long, pointer, long, pointer)
     stage, finish = library.lowbit_stage_input, library.lowbit_quantize_staged
-    stage.argtypes, stage.restype = arguments, None
+    stage.argtypes, stage.restype = arguments, ctypes.c_int32
     finish.argtypes, finish.restype = (pointer, pointer, long, long, long, pointer, pointer), ctypes.c_int32
     return _Functions(
         Operation(library, "quantize_input", arguments, _NO_MEMORY),
@@ -227,9 +227,9 @@ class NativeQuantizer:
         functions = _functions()
         assert functions is not None, "there is a library: of() asked"
         described = ctypes.byref(self.description)
-        functions.stage(
-            described, x.data_ptr(), x.stride(0), rows, width, out.data_ptr(), width, seen.data_ptr()
-        )
+        place = x.data_ptr(), x.stride(0)
+        if functions.stage(described, *place, rows, width, out.data_ptr(), width, seen.data_ptr()):
+            raise _NO_MEMORY(1)
         return out, seen
 
     def finish(self, staged: Tensor, seen: Tensor) -> Tensor | None:

@@ -145,6 +145,7 @@ def rms_norm(
         return out.copy_(normed)
     rows, width = x.shape
     _check_weight(weight, width)
+    _check_out(out, x.shape)
     functions.rms_norm(
         x.data_ptr(), x.stride(0), weight.data_ptr(), eps, rows, width, out.data_ptr(), out.stride(0)
     )
@@ -220,6 +221,7 @@ def layer_norm(
     spread = 0 if weight.numel() == width else width
     for vector in (weight,) if bias is None else (weight, bias):
         _check_weight(vector, groups * width if spread else width)
+    _check_out(out, x.shape)
     functions.layer_norm(
         x.data_ptr(),
         x.stride(0),
@@ -278,6 +280,7 @@ def affine(
         return out.copy_(y if bias is None else y + bias)
     assert all(tensor.numel() == width for tensor in (column, bias) if tensor is not None), "one a column"
     assert factor is None or factor.numel() in (1, rows), "one factor, or one a token"
+    _check_out(out, x.shape)
     functions.affine(
         x.data_ptr(),
         x.stride(0),
@@ -339,6 +342,10 @@ def _check_weight(weight: Tensor, width: int) -> None:
     )
 
 
+def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    assert out.shape == shape, f"the result has {tuple(out.shape)} instead of {tuple(shape)}"
+
+
 def activation_number(activation: str) -> int:
     """The activation's number in native code; E0242 where there is none of this name."""
     known = _ACTIVATIONS.get(activation)
@@ -363,6 +370,7 @@ def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | No
     if functions is None or _native_for(out) is None:
         gate, up = gate_up.float().chunk(2, -1)
         return out.copy_(_ACTIVATIONS[activation][1](gate, up))
+    _check_out(out, (len(gate_up), width))
     functions.gated_activation(
         gate_up.data_ptr(),
         gate_up.stride(0),
@@ -441,6 +449,7 @@ def apply_rotary(
         "q, k and the table belong together"
     )
     assert positions.dtype is torch.int32 and positions.is_contiguous(), "positions are int32 and contiguous"
+    assert len(positions) == tokens, "one position a token"
     functions.rotary(
         q.data_ptr(),
         q.stride(0),

@@ -70,6 +70,7 @@ class HeadMatrices:
         assert self.weights.shape[:2] == (heads, inputs), "one matrix a head, as high as the head is wide"
         if out is None:
             out = x.new_empty(tokens, heads, self.outputs)
+        assert out.shape == (tokens, heads, self.outputs), f"the result has {tuple(out.shape)}"
         multiply = _native() if _fits(x) and _fits(out) and self.weights.is_cpu else None
         if multiply is None:
             weights = self.weights[..., : self.outputs].to(x.dtype)

@@ -16,7 +16,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lowbit.errors import LowbitError
 
@@ -42,6 +42,8 @@ _ARM_FEATURES = {
     "atomics": (16, 8, "FEAT_LSE"),
     "bf16": (26, 14, "FEAT_BF16"),
 }
+
+_CGROUPS, _PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self")
 
 _SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -163,13 +165,45 @@ def library() -> ctypes.CDLL | None:
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, cut by the cgroup's CPU quota."""
+    """Cores this process may use: its affinity, cut by the CPU quotas of its cgroup and those around it."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quotas = [quota for group in _cgroups() if (quota := _cpu_quota(group)) is not None]
+    return max(1, min([cores, *(round(quota) for quota in quotas)]))
+
+
+def _cgroups() -> Iterator[Path]:
+    """The folders of the cgroups (v2, and v1's of the CPU controller) that this process is in.
+
+    In a container /proc/self/cgroup may name folders as the host has them: the mount's own is always asked.
+    """
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+        lines = (_PROCESS / "cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in ("0::/", "0:cpu:/", *lines):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = _CGROUPS / "cpu" if controllers else _CGROUPS
+        group = PurePosixPath(path.strip("/"))
+        if ".." in group.parts:  # outside what this process sees
+            continue
+        for inner in (group, *group.parents):
+            yield mount / inner
+
+
+def _cpu_quota(group: Path) -> float | None:
+    """Cores that a cgroup allows; None where it says nothing, or no limit."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = (
+                (group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
+        return int(quota) / int(period) if quota not in ("max", "-1") else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
 
 
 def set_threads(count: int) -> None:

@@ -17,6 +17,7 @@ from lowbit.kernels.recurrent import DeltaParameters, LayerState, StateSpec
 from lowbit.kernels.step_plan import Operation
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_NO_MEMORY = 2
 
 
 class _Layer(ctypes.Structure):
@@ -55,13 +56,15 @@ def _functions() -> _Functions | None:
         return None
     begin = (_POINTER, _POINTER, _POINTER, _LONG)
     return _Functions(
-        Operation(library, "delta_convolve", (*begin, _POINTER), _no_slot),
-        Operation(library, "delta_rule", (*begin, _POINTER, _POINTER), _no_slot),
+        Operation(library, "delta_convolve", (*begin, _POINTER), _fault),
+        Operation(library, "delta_rule", (*begin, _POINTER, _POINTER), _fault),
         Operation(library, "sigmoid_gate", (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT)),
     )
 
 
-def _no_slot(_: int) -> Exception:
+def _fault(status: int) -> Exception:
+    if status == _NO_MEMORY:
+        return MemoryError("recurrent layer: no memory for its heads")
     return LowbitError("E0703", "recurrent layer: a sequence's slot is outside the states")
 
 

@@ -70,6 +70,7 @@ class _Changes(ctypes.Structure):
         biased, bias, said, counts, *numbers = changes
         kinds = ((biased, np.int64), (bias, np.float32), (said, np.int64), (counts, np.int32))
         assert all(array.dtype == kind and array.flags.c_contiguous for array, kind in kinds)
+        assert len(biased) == len(bias) and len(said) == len(counts), "one number a token"
         first, second = (biased.ctypes.data, bias.ctypes.data), (said.ctypes.data, counts.ctypes.data)
         return cls(*first, len(biased), *second, len(said), *numbers)
 
@@ -125,7 +126,7 @@ def draw_tokens(logits: Tensor, peaks: list[float], draws: list[Draw]) -> list[i
     if library is None or not _takes(logits):
         return None
     count, (rows, width) = len(draws), logits.shape
-    assert all(0 <= draw.row < rows for draw in draws), "rows of the logits"
+    assert all(0 <= draw.row < rows for draw in draws) and len(peaks) == rows, "rows of the logits"
     tokens = (ctypes.c_int64 * count)()
     largest, rules = (ctypes.c_float * rows)(*peaks), rules_of(draws)
     status = library.lowbit_draw_tokens(

@@ -345,8 +345,9 @@ def _nearest_e2m1(x: Tensor, scale: Tensor) -> Tensor:
 def _mxfp4(x: Tensor) -> Tensor:
     largest = largest_magnitude(x)
     # log2 rounded to float32 before the floor, as log2f gives it: just below a power of two it may round up.
-    exponent = largest.double().log2().float().floor().clamp(min=-1000).int() + 125
-    stored = torch.where(largest > 0, exponent, 0) & 255
+    # Never below 0, where ggml's byte wraps around: 255 is no number.
+    exponent = largest.double().log2().float().floor().clamp(min=-125).int() + 125
+    stored = torch.where(largest > 0, exponent, 0)
     half_scale = torch.where(stored < 2, 0x200000 << stored.clamp(max=1), stored - 1 << 23).to(torch.int32)
     codes = _nearest_e2m1(x, 2 * half_scale.view(torch.float32))
     return torch.cat((stored.to(torch.uint8), join_nibbles(codes)), -1)
