@@ -13,6 +13,8 @@ from torch import Tensor
 from checkpoint.tiny import HEADS, write_folder
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.mistral_folder import config_of
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
@@ -105,6 +107,26 @@ def test_a_window_is_what_params_json_says(said: dict, moe: dict, folder: Path) 
     (folder / "params.json").write_text(json.dumps(PARAMS | said | moe))
     header = open_checkpoint(str(folder))
     assert family_of(header).config_of(header).windows == ((16,) if said.get("sliding_window") else ())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [([16], (16,) * 4), ([None, 16], (0, 16, 0, 16)), ([None, 16, 16, 16], (0, 16, 16, 16)), ([None], ())],
+)
+def test_windows_in_turns(pattern: list, windows: tuple[int, ...]) -> None:
+    """As mistral-inference repeats them; transformers' class for them is Ministral's."""
+    config = config_of(PARAMS | {"n_layers": 4, "sliding_window": pattern})
+    header = CheckpointHeader(Path("x"), "safetensors", {}, config)
+    assert family_of(header).config_of(header).windows == windows
+    assert (config["architectures"] == ["MinistralForCausalLM"]) is bool(windows)
+
+
+@pytest.mark.parametrize("pattern", [[], [None, 16, 16], [None, 16, 8, 16], [None, "a"], [{}, []]])
+def test_windows_that_are_no_pattern(pattern: list) -> None:
+    with pytest.raises(LowbitError, match=r"E0218|E0216"):
+        config = config_of(PARAMS | {"n_layers": 4, "sliding_window": pattern})
+        header = CheckpointHeader(Path("x"), "safetensors", {}, config)
+        family_of(header).config_of(header)
 
 
 def test_converting_says_that_there_is_no_window(folder: Path, tmp_path: Path) -> None:

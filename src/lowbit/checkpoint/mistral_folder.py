@@ -101,7 +101,9 @@ def config_of(params: dict[str, object]) -> dict[str, object]:
     for key, value in params.items():
         if value is None or key in _IGNORED or key == "quantization":
             continue
-        if key in _KEYS:
+        if key == "sliding_window" and isinstance(value, list):
+            config |= _windows(value, params.get("n_layers"))
+        elif key in _KEYS:
             config[_KEYS[key]] = value
         elif key in _CONTEXT:
             config["max_position_embeddings"] = value
@@ -116,6 +118,28 @@ def config_of(params: dict[str, object]) -> dict[str, object]:
     if params.get("quantization") is not None:
         config["quantization_config"] = _quantization(params["quantization"])
     return config
+
+
+def _windows(pattern: list[object], layers: object) -> dict[str, object]:
+    """Windows in turns, null for none (Ministral 8B): mistral-inference repeats them until the last layer."""
+    sizes = [size for size in pattern if size is not None]
+    turns = layers // len(pattern) if isinstance(layers, int) and pattern else 0
+    if turns * len(pattern) != layers or any(size != sizes[0] for size in sizes):
+        raise LowbitError(
+            "E0218",
+            f"{PARAMS}: sliding_window {printable(repr(pattern), 100)} for {printable(repr(layers))} layers: "
+            "only one size and null, as often as divides the layers, are supported; use the Hugging Face "
+            "version of the model",
+        )
+    if not sizes:
+        return {}
+    kinds = ["full_attention" if size is None else "sliding_attention" for size in pattern]
+    return {
+        "architectures": ["MinistralForCausalLM"],
+        "model_type": "ministral",
+        "sliding_window": sizes[0],
+        "layer_types": kinds * turns,
+    }
 
 
 def _experts(value: object) -> dict[str, object]:
