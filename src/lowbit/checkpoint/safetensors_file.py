@@ -75,25 +75,23 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return type(value) is int and 0 <= value < 1 << 62  # True is one, too
 
 
 def _entry(path: Path, name: str, value: object, base: int) -> TensorEntry:
-    shown = printable(name)
-
     def damaged(what: str) -> LowbitError:
-        return LowbitError("E0225", f"{path.name}: tensor {shown!r} {what}; the file is damaged")
+        return LowbitError("E0225", f"{path.name}: tensor {printable(name)!r} {what}; the file is damaged")
 
-    if not name or len(name.encode()) > MAX_NAME or min(name) < " ":
+    if not name or len(name.encode()) > MAX_NAME or (not name.isprintable() and min(name) < " "):
         raise damaged("has no usable name")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise damaged("needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise damaged(f"has unknown dtype {printable(dtype)!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_whole(size) for size in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_whole, shape)):
         raise damaged(f"has shape {printable(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(at) for at in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
         raise damaged(f"has data_offsets {printable(offsets)}")
     begin, end = offsets
     bits = DTYPE_BITS[dtype]

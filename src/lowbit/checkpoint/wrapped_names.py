@@ -22,10 +22,13 @@ def without_wrappers(
     tensors: dict[str, TensorEntry], texts: dict[str, object]
 ) -> tuple[dict[str, TensorEntry], dict[str, object]]:
     """Tensors, and the texts of __metadata__ under tensors' names, by the names of the bare model."""
-    prefix = _prefix([_unwrapped(name) for name in tensors])
+    names, together = list(tensors), "\n".join(tensors)
+    if any(wrapper in together for wrapper in _WRAPPERS):
+        names = [_unwrapped(name) for name in names]
+    prefix = _prefix(names)
     renamed: dict[str, TensorEntry] = {}
-    for stored, entry in tensors.items():
-        name = _unwrapped(stored).removeprefix(prefix)
+    for unwrapped, (stored, entry) in zip(names, tensors.items(), strict=True):
+        name = unwrapped.removeprefix(prefix)
         if name in renamed:
             raise LowbitError(
                 "E0226",
