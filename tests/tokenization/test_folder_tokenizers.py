@@ -12,10 +12,12 @@ from transformers import CodeGenTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, Qwen
 
 from checkpoint.tiny import VOCABULARY, write_folder
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.tokenization import check_vocabulary, load_chat_template, load_tokenizer
 from lowbit.tokenization.fast_tokenizer import MAX_LEFT_OUT, FastTokenizer
 from lowbit.tokenization.gguf_export import tokenizer_metadata
+from lowbit.tokenization.gguf_tokenizer import gguf_tokenizer
 from tokenization.texts import varied_texts
 
 LETTERS = "ab<>_imagesoftkn"
@@ -227,6 +229,15 @@ def test_the_class_by_the_model_where_none_is_named(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
     assert len(of(tmp_path).encode(text)) == 3 < len(plain)
+
+
+def test_vocab_json_in_a_gguf_file(tmp_path: Path) -> None:
+    header = open_checkpoint(str(slow_save(tmp_path, "GPT2Tokenizer")))
+    metadata, ours = tokenizer_metadata(header, 510), load_tokenizer(header)
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
+    made = gguf_tokenizer(CheckpointHeader(Path("x"), "gguf", {}, metadata=metadata))
+    for text in (*varied_texts(50, seed=4), f"a{CHATML[2]}b"):
+        assert made.encode(text) == ours.encode(text)
 
 
 def test_classes_that_cut_in_ways_of_their_own(tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ import sentencepiece
 
 from checkpoint.tiny import write_folder
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.tokenization import load_chat_template, load_tokenizer
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
 from lowbit.tokenization.folder_tokenizer import MAX_ADDED_PIECES
+from lowbit.tokenization.gguf_export import tokenizer_metadata
+from lowbit.tokenization.gguf_tokenizer import gguf_tokenizer
 from lowbit.tokenization.sentencepiece_model import MAX_PIECE, sentencepiece_metadata
 from tokenization.texts import SPECIALS, varied_texts
 
@@ -164,6 +167,24 @@ def test_tokens_that_other_files_add_or_put_in_the_place_of_unused_ones(tmp_path
 def test_the_file_of_mistral_with_a_version(tmp_path: Path) -> None:
     ours = of(folder_with(tmp_path, model("bpe", **PLAIN), "tokenizer.model.v3"))
     assert ours.encode("a")[0] == 1 and ours.adds_bos
+
+
+def test_in_a_gguf_file(tmp_path: Path) -> None:
+    data = model("bpe", **PLAIN)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=data)
+    header = open_checkpoint(str(folder_with(tmp_path, data, tokenizer_config={"eos_token": "</s>"})))
+    metadata = tokenizer_metadata(header, spm.vocab_size() + 4)
+    assert metadata["tokenizer.ggml.model"] == "llama" and metadata["tokenizer.ggml.add_space_prefix"]
+    made = gguf_tokenizer(CheckpointHeader(Path("x"), "gguf", {}, metadata=metadata))
+    for text in varied_texts(100, seed=3):
+        assert made.encode(text, add_special=False, parse_special=False) == spm.encode(text)
+    assert (made.bos_id, made.eos_id, made.vocab_size) == (1, 2, spm.vocab_size() + 4)
+
+
+def test_a_unigram_model_is_in_no_gguf_file_yet(tmp_path: Path) -> None:
+    header = open_checkpoint(str(folder_with(tmp_path, model("unigram", **PLAIN))))
+    with pytest.raises(LowbitError, match="E0450.*only BPE models"):
+        tokenizer_metadata(header, 1000)
 
 
 # ---- What is refused ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ sample texts as the folder's tokenizer does; a tokenizer that GGUF cannot say is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,11 @@ def tokenizer_metadata(header: CheckpointHeader, rows: int) -> Json:
     if header.container == "gguf":
         return {key: value for key, value in header.metadata.items() if key.startswith("tokenizer.")}
     tokenizer = load_tokenizer(header, rows=rows)
-    whole = read_json(header, "tokenizer.json")
-    model = whole.get("model") if whole is not None else None
-    if whole is None or not isinstance(model, dict) or model.get("type") != "BPE":
-        raise _unsaid(header, "only tokenizer.json with a BPE model can be written")
+    # Where there is no such file, what was made of tokenizer.model, vocab.json or tekken.json.
+    whole = read_json(header, "tokenizer.json") or json.loads(tokenizer.source.text)
+    model = whole.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        raise _unsaid(header, "only BPE models can be written")
     common = _tokens(header, whole, model, rows, tokenizer.source.left_out)
     common |= _specials(header, tokenizer, common["tokenizer.ggml.tokens"])
     template = find_template(header)
