@@ -47,7 +47,8 @@ class Decision:
     def shares_scale(self) -> bool:
         """Whether it gets an outer scale, which is one for all parts of a layer (NVFP4): vLLM and SGLang,
         which run Q, K and V as one matrix, take the largest of several for all of them."""
-        return self.method is not None and len(self.scheme.blocks) == 2
+        scheme = self.scheme
+        return self.method is not None and scheme.weight.name == "e2m1" and len(scheme.blocks) == 2
 
     def with_largest(self, largest: float) -> Decision:
         """For a module whose layer has weights up to ``largest``."""
