@@ -43,6 +43,28 @@ def windows_by_types(types: object, window: int, layers: int, period: int = 1) -
     return tuple(window if kind == SLIDING else 0 for kind in layer_types(types, layers))
 
 
+def listed_experts(keys: ConfigKeys, layers: int) -> frozenset[int] | None:
+    """The layers with experts, as transformers 5 lists them for some families; None where it does not."""
+    kinds = keys.values.get("mlp_layer_types")
+    if kinds is None:
+        return None
+    listed = layer_types(kinds, layers, ("dense", "sparse"), key="mlp_layer_types")
+    return frozenset(n for n, kind in enumerate(listed) if kind == "sparse")
+
+
+def require_sigmoid(keys: ConfigKeys) -> None:
+    """E0242 where a GGUF file's experts are not chosen by sigmoids (2), which a file need not say."""
+    if keys.size("expert_gating_func", 2) != 2:
+        raise LowbitError("E0242", f"{keys.place}: only sigmoid routing is supported")
+
+
+def experts_in_gguf(keys: ConfigKeys) -> tuple[int, int, int, int]:
+    """How many experts there are and a token goes to, their width, and that of the shared one."""
+    sizes = ("count", "used_count", "feed_forward_length", "shared_feed_forward_length")
+    count, used, inner, shared = (keys.size(f"expert_{size}") for size in sizes)
+    return count, used, inner, shared
+
+
 def windows_in_gguf(keys: ConfigKeys, window: int, layers: int, period: int) -> tuple[int, ...]:
     """Each layer's window in a GGUF file, whose ``attention.sliding_window_pattern`` lists the layers that
     have one or says how often one has none: every ``period``-th where there is no such key."""

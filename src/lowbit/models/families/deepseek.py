@@ -13,7 +13,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.deepseek import DeepseekConfig, build
-from lowbit.models.families.common import UNUSED, layer_types
+from lowbit.models.families.common import UNUSED, listed_experts
 from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
@@ -92,10 +92,8 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
 
 def _sparse_layers(keys: ConfigKeys, layers: int) -> frozenset[int]:
     """Those with experts: as transformers 5 lists them for GLM-4.7-Flash, or behind the first few."""
-    kinds = keys.values.get("mlp_layer_types")
-    if kinds is not None:
-        listed = layer_types(kinds, layers, ("dense", "sparse"), key="mlp_layer_types")
-        return frozenset(n for n, kind in enumerate(listed) if kind == "sparse")
+    if (listed := listed_experts(keys, layers)) is not None:
+        return listed
     dense, step = keys.count("first_k_dense_replace"), keys.size("moe_layer_freq", 1)
     return frozenset(n for n in range(layers) if n >= dense and n % step == 0)
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
-from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, NormNames
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, layer_types
+from lowbit.models.families.common import UNUSED, listed_experts, require_sigmoid
 from lowbit.models.families.llama_relatives import exaone4
 from lowbit.models.gguf_names import CORRECTED_GGUF_NAMES
 from lowbit.models.registry import Family
-
-_SIGMOID = 2  # GGUF's expert_gating_func
 
 
 def _exaone_moe(header: CheckpointHeader) -> ModelConfig:
     config = replace(exaone4(header), norm_names=NormNames())
     if header.container == "gguf":
         keys = gguf_keys(header)
-        if keys.size("expert_gating_func", _SIGMOID) != _SIGMOID:
-            raise LowbitError("E0242", f"{keys.place}: only sigmoid routing is supported")
+        require_sigmoid(keys)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")
         inner, shared = keys.size("expert_feed_forward_length"), keys.count("expert_shared_count", 0)
         layers = frozenset(range(keys.count("leading_dense_block_count", 0), config.layers))
@@ -56,10 +52,8 @@ def _exaone_moe(header: CheckpointHeader) -> ModelConfig:
 
 def _sparse_layers(keys: ConfigKeys, layers: int) -> frozenset[int]:
     """Those with experts: as listed, or behind the first few, one unless told otherwise."""
-    kinds = keys.values.get("mlp_layer_types")
-    if kinds is not None:
-        listed = layer_types(kinds, layers, ("dense", "sparse"), key="mlp_layer_types")
-        return frozenset(n for n, kind in enumerate(listed) if kind == "sparse")
+    if (listed := listed_experts(keys, layers)) is not None:
+        return listed
     dense = keys.count("first_k_dense_replace") if "first_k_dense_replace" in keys.values else 1
     return frozenset(range(dense, layers))
 

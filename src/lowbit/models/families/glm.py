@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
-from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import FULL, SLIDING, UNUSED, windows_by_types
+from lowbit.models.families.common import FULL, SLIDING, UNUSED, require_sigmoid, windows_by_types
 from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES, GLM4_GGUF_NAMES, POST_NORM_GGUF_NAMES
 from lowbit.models.registry import Family
@@ -21,7 +20,6 @@ from lowbit.models.registry import Family
 _NORMS = NormNames(
     "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"
 )
-_SIGMOID = 2  # GGUF's expert_gating_func
 
 
 def _glm(header: CheckpointHeader) -> ModelConfig:
@@ -76,8 +74,7 @@ def _experts(header: CheckpointHeader, layers: int, renormalize: bool) -> MoeCon
     """DeepSeek-V3's, behind the first layers. ``renormalize``: what a config.json without the key means."""
     if header.container == "gguf":
         keys = gguf_keys(header)
-        if keys.size("expert_gating_func", _SIGMOID) != _SIGMOID:
-            raise LowbitError("E0242", f"{keys.place}: only sigmoid routing is supported")
+        require_sigmoid(keys)
         count, used, inner = (
             keys.size(key) for key in ("expert_count", "expert_used_count", "expert_feed_forward_length")
         )

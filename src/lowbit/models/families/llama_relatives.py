@@ -23,7 +23,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import ConfigKeys, architecture_of, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import SLIDING, UNUSED, layer_types, windows_in_gguf
+from lowbit.models.families.common import SLIDING, UNUSED, experts_in_gguf, layer_types, windows_in_gguf
 from lowbit.models.families.spelling import aliases, respelled, untold
 from lowbit.models.gguf_names import (
     BITNET_GGUF_NAMES,
@@ -191,11 +191,7 @@ def _hunyuan_moe(header: CheckpointHeader) -> ModelConfig:
     config = _hunyuan(header)
     if header.container == "gguf":
         keys = gguf_keys(header)
-        count, used = keys.size("expert_count"), keys.size("expert_used_count")
-        inner, shared = (
-            keys.size("expert_feed_forward_length"),
-            keys.size("expert_shared_feed_forward_length"),
-        )
+        count, used, inner, shared = experts_in_gguf(keys)
     else:
         keys = json_keys(header)
         count, used = _of_all_layers(keys, "num_experts"), _of_all_layers(keys, "moe_topk")

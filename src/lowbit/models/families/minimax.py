@@ -12,19 +12,16 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED
+from lowbit.models.families.common import UNUSED, require_sigmoid
 from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import CORRECTED_GGUF_NAMES
 from lowbit.models.registry import Family
-
-_SIGMOID = 2  # GGUF's expert_gating_func
 
 
 def _minimax_m2(header: CheckpointHeader) -> ModelConfig:
     if header.container == "gguf":
         config, keys = base_config(header), gguf_keys(header)
-        if keys.size("expert_gating_func", _SIGMOID) != _SIGMOID:
-            raise LowbitError("E0242", f"{keys.place}: only sigmoid routing is supported")
+        require_sigmoid(keys)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")
         inner = keys.size("expert_feed_forward_length")
     else:

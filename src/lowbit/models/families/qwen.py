@@ -9,7 +9,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import FULL, SLIDING, UNUSED, windows_by_types, windows_of
+from lowbit.models.families.common import FULL, SLIDING, UNUSED, experts_in_gguf, windows_by_types, windows_of
 from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
@@ -83,11 +83,7 @@ def _qwen2_moe(header: CheckpointHeader) -> ModelConfig:
     config = base_config(header)
     if header.container == "gguf":
         keys = gguf_keys(header)
-        count, used = keys.size("expert_count"), keys.size("expert_used_count")
-        inner, shared = (
-            keys.size("expert_feed_forward_length"),
-            keys.size("expert_shared_feed_forward_length"),
-        )
+        count, used, inner, shared = experts_in_gguf(keys)
         layers, renormalize = list(range(config.layers)), False
     else:
         keys = json_keys(header)
